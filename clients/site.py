@@ -1,0 +1,106 @@
+"""A site in a long-lived process: its data, prepared once, and one round of work at a time."""
+
+import json
+import zlib
+from functools import lru_cache
+
+from fedmed.config import parse, to_dict
+from fedmed.data.table import read_site
+from fedmed.errors import ConfigError
+from fedmed.metrics import ScoreCounts
+from fedmed.models.build import build
+from fedmed.models.loading import check_digest, locate
+from fedmed.privacy.plan import PrivacyPlan
+from fedmed.privacy.randomness import RandomSource, operating_system, seeded
+from fedmed.records import Arrays, Instruction, Quote
+from fedmed.training import LocalData, LocalUpdate, local_parts, logits, one_thread, train
+
+
+def quote(instruction: Instruction, site: str) -> Quote:
+    """What the run would cost this site, computed here; no data is opened.
+
+    Raises:
+        FedmedError: the model is not the pinned one, or the plan is not the one that was declared.
+    """
+    plan = own_plan(instruction, site)
+    if instruction.model.kind == "text":
+        _check_model(json.dumps(to_dict(instruction.model)))
+    epsilon = plan.epsilon() if plan.noise_multiplier > 0 else None
+    asked = getattr(instruction.privacy, "epsilon", None)
+    if asked is not None and (epsilon is None or epsilon > asked):
+        raise ConfigError(f"plans.{site}: costs epsilon {epsilon}, the run asked for {asked}")
+    return Quote(site=site, declared_size=plan.declared_size, epsilon=epsilon)
+
+
+def own_plan(instruction: Instruction, site: str) -> PrivacyPlan:
+    """The site's plan out of the instruction, held against what the task and the training declare."""
+    plan = instruction.plans.get(site)
+    if plan is None:
+        raise ConfigError(f"plans: none for site '{site}'")
+    declared = {
+        "unit": instruction.task.unit,
+        "declared_size": instruction.task.declared_train(site),
+        "sample_rate": instruction.training.sample_rate,
+        "steps_per_round": instruction.training.steps_per_round,
+        "records_per_patient": instruction.privacy.records_per_patient,
+        "max_grad_norm": getattr(instruction.privacy, "max_grad_norm", plan.max_grad_norm),
+    }
+    for name, value in declared.items():
+        if getattr(plan, name) != value:
+            raise ConfigError(f"plans.{site}.{name}={getattr(plan, name)}: expected {value}, as declared")
+    if (instruction.privacy.kind == "dp") != (plan.noise_multiplier > 0):
+        raise ConfigError(f"plans.{site}.noise_multiplier={plan.noise_multiplier}: does not fit privacy")
+    return plan
+
+
+def work(instruction: Instruction, site: str, arrays: Arrays) -> LocalUpdate:
+    """One round of training at this site."""
+    one_thread()
+    plan = own_plan(instruction, site)
+    training, _ = _parts(_key(instruction), site, instruction.seed)
+    return train(
+        _model(instruction),
+        training,
+        arrays,
+        plan=plan,
+        training=instruction.training,
+        source=_source(instruction, site),
+        proximal_mu=instruction.proximal_mu,
+    )
+
+
+def score(instruction: Instruction, site: str, arrays: Arrays) -> ScoreCounts:
+    """Exact score counts on the held-out patients: not covered by epsilon."""
+    one_thread()
+    _, test = _parts(_key(instruction), site, instruction.seed)
+    return ScoreCounts.of(logits(_model(instruction), test, arrays), test.labels.numpy())
+
+
+def _source(instruction: Instruction, site: str) -> RandomSource:
+    """The operating system's generator; a seed only where the run is NOT PRIVATE by declaration."""
+    if instruction.privacy.kind == "dp" and not instruction.privacy.seeded:
+        return operating_system()
+    return seeded(instruction.seed, zlib.crc32(site.encode()), instruction.round)
+
+
+def _model(instruction: Instruction):  # noqa: ANN202 - torch types stay out of the signature
+    return build(instruction.task, instruction.model, instruction.adapter, seed=instruction.seed)
+
+
+def _key(instruction: Instruction) -> str:
+    parts = {name: to_dict(getattr(instruction, name)) for name in ("task", "model", "adapter")}
+    return json.dumps(parts, sort_keys=True)
+
+
+@lru_cache(maxsize=64)
+def _parts(key: str, site: str, seed: int) -> tuple[LocalData, LocalData]:
+    # Kept between rounds and runs: the frozen part of the model is computed once.
+    parts = json.loads(key)
+    task, model, adapter = (parse(name, parts[name]) for name in ("task", "model", "adapter"))
+    return local_parts(build(task, model, adapter, seed=seed), read_site(task, site, seed=seed))
+
+
+@lru_cache(maxsize=8)
+def _check_model(model_json: str) -> None:
+    model = parse("model", json.loads(model_json))
+    check_digest(model, locate(model))

@@ -1,0 +1,219 @@
+"""From overrides on a command line to checked `RunConfig`s, through Hydra, without its tracebacks."""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedmed import config as schema
+from fedmed.config import OPTIONS, RunConfig, run_config_from_dict
+from fedmed.errors import ConfigError, nearest
+
+GROUPS = (*OPTIONS, "experiment")
+
+# Option files name the schema they fill by these: configs/model/minilm.yaml starts with `_text`.
+_SCHEMAS: dict[str, dict[str, type]] = {
+    group: {f"_{cls}": kinds[cls] for cls in kinds} for group, kinds in OPTIONS.items()
+}
+
+
+def _thawed(node: DictConfig) -> DictConfig:
+    """The node without the read-only flag that a frozen dataclass gives it, at every level."""
+    node._set_flag("readonly", None)
+    for key in node:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+            _thawed(child)
+    return node
+
+
+def _register() -> None:
+    store = ConfigStore.instance()
+    store.store(name="_run", node=_thawed(OmegaConf.structured(RunConfig)))
+    for group, schemas in _SCHEMAS.items():
+        for name, cls in schemas.items():
+            store.store(group=group, name=name, node=_thawed(OmegaConf.structured(cls)))
+
+
+@contextlib.contextmanager
+def _hydra() -> Iterator[None]:
+    _register()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_module("configs", version_base="1.3", job_name="fedmed"):
+            yield
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def options(group: str) -> list[str]:
+    """The valid options of a group: `options("model")` names every file under configs/model/."""
+    loader = GlobalHydra.instance().config_loader()
+    return [name for name in loader.get_group_options(group) if not name.startswith("_")]
+
+
+def compose(overrides: Sequence[str]) -> RunConfig:
+    """The run that these overrides describe.
+
+    Args:
+        overrides: as typed, e.g. `["model=minilm", "privacy.epsilon=1"]`; with `resume=DIR` the
+            configuration comes from that folder and only `rounds` may stand beside it.
+
+    Raises:
+        ConfigError: an unknown or malformed key or value; the message names the nearest valid one.
+    """
+    jobs = expand(overrides)
+    if len(jobs) != 1:
+        raise ConfigError(f"{len(jobs)} runs described by a list of values; sweep over them with: fedmed run -m")
+    resumed = [text for text in overrides if text.partition("=")[0] == "resume" and not text.endswith("=null")]
+    if resumed:
+        return _resumed(resumed[0].partition("=")[2], [text for text in overrides if text not in resumed])
+    with _hydra():
+        return _compose(jobs[0])
+
+
+def compose_sweep(overrides: Sequence[str]) -> list[tuple[list[str], RunConfig]]:
+    """Every job of a sweep, all composed and checked before the first may start."""
+    with _hydra():
+        return [(job, _compose(job)) for job in expand(overrides)]
+
+
+def expand(overrides: Sequence[str]) -> list[list[str]]:
+    """The cartesian product of comma-separated values, `choice(…)` and `range(…)`, in Hydra's grammar.
+
+    >>> expand(["seed=0,1", "rounds=3"])
+    [['seed=0', 'rounds=3'], ['seed=1', 'rounds=3']]
+    """
+    jobs: list[list[str]] = [[]]
+    for override in _parse(overrides):
+        if override.is_sweep_override():
+            key = override.get_key_element()
+            values = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        else:
+            values = [str(override.input_line)]
+        jobs = [[*job, value] for job in jobs for value in values]
+    return jobs
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    parsed = []
+    parser = OverridesParser.create()
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException:
+            raise ConfigError(f"'{text}': expected key=value, e.g. rounds=20 or model=minilm") from None
+        if override.is_delete():
+            raise ConfigError(f"'{text}': a setting cannot be deleted; set it instead, e.g. {text.lstrip('~')}=…")
+        parsed.append(override)
+    return parsed
+
+
+def _compose(overrides: list[str]) -> RunConfig:
+    groups, values = [], []
+    for override in _parse(overrides):
+        key = override.key_or_group
+        if key in GROUPS:
+            _check_option(key, str(override.value()))
+            groups.append(override.input_line)
+        else:
+            values.append(override)
+    try:
+        composed = hydra_compose("config", overrides=groups)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"{' '.join(groups)}: {_first_line(error)}") from None
+    for override in values:
+        _apply(composed, override)
+    with _named(composed):
+        built = OmegaConf.to_object(composed)
+    if not isinstance(built, RunConfig):
+        raise ConfigError("configs/config.yaml does not build a RunConfig")
+    return built
+
+
+def _check_option(group: str, option: str) -> None:
+    valid = options(group)
+    if option not in valid and not (group == "experiment" and option in ("None", "null")):
+        raise ConfigError(f"{group}={option}: no such {group}; {nearest(option, valid)}")
+
+
+def _apply(composed: DictConfig, override: Override) -> None:
+    """Set one value where its key exists, or add it where the parent is a mapping of free keys."""
+    key, text = override.key_or_group, override.input_line
+    parent_key, _, leaf = key.rpartition(".")
+    parent = OmegaConf.select(composed, parent_key) if parent_key else composed
+    known = isinstance(parent, DictConfig) and (leaf in parent or _free_keys(parent))
+    if not known:
+        raise ConfigError(f"'{text}': no setting '{key}'; {nearest(key, [*_keys(composed), *GROUPS])}")
+    try:
+        OmegaConf.update(composed, key, override.value(), merge=True, force_add=_free_keys(parent))
+    except OmegaConfBaseException as error:
+        hint = _type_name(parent, leaf)
+        raise ConfigError(f"'{text}': expected {hint}" if hint else f"'{text}': {_first_line(error)}") from None
+
+
+def _free_keys(node: DictConfig) -> bool:
+    return OmegaConf.get_type(node) is dict
+
+
+def _type_name(parent: DictConfig, leaf: str) -> str:
+    cls = OmegaConf.get_type(parent)
+    names = {f.name: str(f.type) for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+    declared = names.get(leaf, "").removeprefix("<class '").removesuffix("'>")
+    optional = declared.endswith(" | None")
+    word = words.get(declared.removesuffix(" | None"), declared)
+    return f"{word} or null" if optional else word
+
+
+def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key in node:
+        child = node._get_node(key)
+        yield f"{prefix}{key}"
+        if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+            yield from _keys(child, f"{prefix}{key}.")
+
+
+@contextlib.contextmanager
+def _named(composed: DictConfig) -> Iterator[None]:
+    """Give OmegaConf's complaint about a missing value its key, in one line."""
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        missing = sorted(OmegaConf.missing_keys(composed))
+        if missing:
+            raise ConfigError(f"{missing[0]}: a value is needed, e.g. {missing[0]}=…") from None
+        raise ConfigError(_first_line(error)) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _resumed(folder: str, others: list[str]) -> RunConfig:
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"resume={folder}: no config.json in it; expected the folder of an earlier run")
+    values: dict[str, Any] = json.loads(path.read_text())
+    for override in _parse(others):
+        if override.key_or_group != "rounds":
+            raise ConfigError(f"'{override.input_line}': with resume only rounds may change")
+        values["rounds"] = override.value()
+    return dataclasses.replace(run_config_from_dict(values), resume=folder, run_dir=folder)
+
+
+def save(config: RunConfig, path: Path) -> None:
+    """Write the configuration so that `resume` can read it back."""
+    path.write_text(json.dumps(schema.to_dict(config), indent=2) + "\n")

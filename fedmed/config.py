@@ -1,0 +1,461 @@
+"""Every setting of a run, as frozen dataclasses that check themselves.
+
+Each class is one option of a Hydra group (`model=minilm` fills a `TextModelConfig`); `kind` names the
+class, so that a mapping read from a message or a run folder becomes the same dataclass again (`parse`).
+No torch import here: a wrong setting is reported before anything heavy is loaded.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedmed.errors import ConfigError, nearest, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnConfig:
+    """What one column of a table may hold, declared by a person, never read from the data.
+
+    Numeric: `low` and `high` bound it (values outside are clipped). Categorical: `categories` are the
+    allowed cells. `missing` lists cells that mean "not measured". A record is written out as a sentence
+    from each column's `phrase` (with `{value}`, or `{word}` for the cut-off's word), a category's entry
+    in `words`, or, for a blank cell, `blank`.
+    """
+
+    kind: str = "numeric"
+    low: float | None = None
+    high: float | None = None
+    categories: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    phrase: str = ""
+    words: dict[str, str] = field(default_factory=dict)
+    # Clinical cut-offs: the first word stands below the first cut-off, the last at or above the last.
+    cutoffs: list[float] = field(default_factory=list)
+    cutoff_words: list[str] = field(default_factory=list)
+    decimals: int = 0
+    blank: str = ""
+
+    def __post_init__(self) -> None:
+        require(self.kind in ("numeric", "categorical"), "task.columns.*.kind", self.kind, "numeric or categorical")
+        if self.kind == "numeric":
+            require(
+                self.low is not None and self.high is not None and self.low < self.high,
+                "task.columns.*.low/high",
+                (self.low, self.high),
+                "low < high, both declared (propose them with: fedmed task describe FILE)",
+            )
+        else:
+            require(len(self.categories) >= 1, "task.columns.*.categories", self.categories, "at least one category")
+        try:
+            self.phrase.format(value="", word="")
+        except (KeyError, IndexError, ValueError):
+            raise ConfigError(f"task.columns.*.phrase={self.phrase}: expected only {{value}} and {{word}} in braces") from None
+        if self.cutoff_words:
+            require(
+                len(self.cutoff_words) == len(self.cutoffs) + 1 and list(self.cutoffs) == sorted(self.cutoffs),
+                "task.columns.*.cutoff_words",
+                self.cutoff_words,
+                "one word more than the ascending cutoffs",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableTaskConfig:
+    """A binary outcome in a table, one row a record, federated by a column."""
+
+    kind: str = "table"
+    title: str = ""
+    # A CSV file, or "pkg://package/file" for one that a Python package carries.
+    path: str | None = None
+    # A YAML file with any of these keys, as `fedmed task describe` writes it; read when composing.
+    declaration: str | None = None
+    site_column: str = "site"
+    label: str = "label"
+    positive: list[str] = field(default_factory=lambda: ["1"])
+    negative: list[str] = field(default_factory=lambda: ["0"])
+    # Without a patient column the privacy unit is the record, and every page says so.
+    patient_column: str | None = None
+    # Public number of patients (or records) of each site; its keys are the sites of the run.
+    declared_sizes: dict[str, int] = field(default_factory=dict)
+    # Name -> ColumnConfig. Typed Any for Hydra: OmegaConf makes values of a frozen class read-only.
+    columns: dict[str, Any] = field(default_factory=dict)
+    separator: str = ", "
+    # What a blank cell does: "indicator" (kept, marked as blank) or "drop" (the record is left out).
+    blanks: str = "indicator"
+    # "declared": only what is written here; "from_data": ranges, categories and sizes are read from the
+    # table, which is a function of its records: public data only, and NOT PRIVATE.
+    declare: str = "declared"
+    test_fraction: float = 0.34
+    # "hash": a keyed hash of the patient id, the key stays at the site; "shuffle": by `seed`, for
+    # public benchmarks.
+    split: str = "hash"
+    # A published benchmark: its default delta is 1e-4.
+    public_benchmark: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.path is not None, "task.path", self.path, "a CSV file")
+        columns = {
+            name: from_dict(ColumnConfig, column, where=f"task.columns.{name}") if isinstance(column, dict) else column
+            for name, column in self.columns.items()
+        }
+        object.__setattr__(self, "columns", columns)
+        require(self.blanks in ("indicator", "drop"), "task.blanks", self.blanks, "indicator or drop")
+        require(self.declare in ("declared", "from_data"), "task.declare", self.declare, "declared or from_data")
+        require(self.split in ("hash", "shuffle"), "task.split", self.split, "hash or shuffle")
+        require(0 < self.test_fraction < 1, "task.test_fraction", self.test_fraction, "between 0 and 1")
+        for site, size in self.declared_sizes.items():
+            require(size >= 1, f"task.declared_sizes.{site}", size, ">= 1")
+        require(
+            bool(self.positive) and bool(self.negative) and not set(self.positive) & set(self.negative),
+            "task.positive/negative",
+            (self.positive, self.negative),
+            "two lists with no value in common",
+        )
+
+    @property
+    def unit(self) -> str:
+        """The privacy unit: `patient` where a patient column is declared, else `record`."""
+        return "patient" if self.patient_column else "record"
+
+    def declared_train(self, site: str) -> int:
+        """The declared size of a site's training part: a public constant, never a count."""
+        return max(1, round((1 - self.test_fraction) * self.declared_sizes[site]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextModelConfig:
+    """A Hugging Face text encoder from a local folder, with a linear head on its pooled output."""
+
+    kind: str = "text"
+    # A folder with config.json, model.safetensors and a tokenizer …
+    path: str | None = None
+    # … or a Python package that carries such a folder, as "package:subfolder".
+    package: str | None = None
+    # Of model.safetensors; the model is refused when it differs.
+    sha256: str = ""
+    max_tokens: int = 128
+    pooling: str = "mean"
+    # Features are centred and whitened by sentences drawn from the declaration, never from records.
+    synthetic_sentences: int = 0
+    # Principal components kept (0: centring only), each divided by its deviation to the power `whitening`.
+    components: int = 0
+    whitening: float = 0.5
+
+    def __post_init__(self) -> None:
+        require(
+            (self.path is None) != (self.package is None),
+            "model.path",
+            self.path,
+            "the folder of a Hugging Face encoder (config.json, model.safetensors, tokenizer)",
+        )
+        require(
+            len(self.sha256) == 64,
+            "model.sha256",
+            self.sha256 or "''",
+            f"64 hex digits; compute them with: sha256sum {self.path or '<folder>'}/model.safetensors",
+        )
+        require(self.pooling in ("mean", "cls"), "model.pooling", self.pooling, "mean or cls")
+        require(4 <= self.max_tokens <= 8192, "model.max_tokens", self.max_tokens, "4 to 8192")
+        require(self.synthetic_sentences >= 0, "model.synthetic_sentences", self.synthetic_sentences, ">= 0")
+        require(
+            0 <= self.components < max(1, self.synthetic_sentences),
+            "model.components",
+            self.components,
+            "fewer than model.synthetic_sentences",
+        )
+        require(0 <= self.whitening <= 1, "model.whitening", self.whitening, "0 (rotation only) to 1 (full)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TabularModelConfig:
+    """A model on scaled table features: logistic regression, or one with a hidden layer."""
+
+    kind: str = "tabular"
+    # 0: logistic regression.
+    hidden: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.hidden >= 0, "model.hidden", self.hidden, ">= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What is trained and travels. `head`: the last linear layer. `full`: everything."""
+
+    kind: str = "head"
+    rank: int = 8
+    alpha: float = 16.0
+    # LoRA sits in the last `last_blocks` transformer blocks, on linear layers with these names.
+    last_blocks: int = 3
+    targets: list[str] = field(default_factory=list)
+    # `full` only: also the embedding tables (large, and slow per sample).
+    embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        kinds = ("head", "lora", "ffa_lora", "full")
+        require(self.kind in kinds, "adapter.kind", self.kind, " | ".join(kinds))
+        require(self.rank >= 1, "adapter.rank", self.rank, ">= 1")
+        require(self.alpha > 0, "adapter.alpha", self.alpha, "> 0")
+        require(self.last_blocks >= 1, "adapter.last_blocks", self.last_blocks, ">= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpConfig:
+    """Differential privacy of the training: a target epsilon, or a noise multiplier."""
+
+    kind: str = "dp"
+    epsilon: float | None = 3.0
+    noise_multiplier: float | None = None
+    # None: 1e-4 for a public benchmark, else min(1e-5, 1 / (10 x declared size)).
+    delta: float | None = None
+    max_grad_norm: float = 1.0
+    records_per_patient: int = 1
+    min_declared_size: int = 20
+    # Reproducible sampling and noise: NOT PRIVATE, and said wherever an epsilon would stand.
+    seeded: bool = False
+
+    def __post_init__(self) -> None:
+        require(
+            (self.epsilon is None) != (self.noise_multiplier is None),
+            "privacy.epsilon/noise_multiplier",
+            (self.epsilon, self.noise_multiplier),
+            "exactly one of the two (for a given noise: privacy.epsilon=null privacy.noise_multiplier=2)",
+        )
+        for name in ("epsilon", "noise_multiplier", "max_grad_norm"):
+            value = getattr(self, name)
+            require(value is None or (value > 0 and math.isfinite(value)), f"privacy.{name}", value, "> 0")
+        require(self.delta is None or 0 < self.delta < 1, "privacy.delta", self.delta, "between 0 and 1")
+        require(self.records_per_patient >= 1, "privacy.records_per_patient", self.records_per_patient, ">= 1")
+        require(self.min_declared_size >= 1, "privacy.min_declared_size", self.min_declared_size, ">= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoPrivacyConfig:
+    """No clipping and no noise: NOT PRIVATE."""
+
+    kind: str = "off"
+    # One draw of records per patient and step, as under privacy, so that runs compare.
+    records_per_patient: int = 1
+
+    def __post_init__(self) -> None:
+        require(self.records_per_patient >= 1, "privacy.records_per_patient", self.records_per_patient, ">= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyConfig:
+    """How the coordinator turns the sites' updates into the next global adapter."""
+
+    kind: str = "fedavg"
+    learning_rate: float = 1.0
+    momentum: float = 0.9
+    beta_1: float = 0.9
+    beta_2: float = 0.99
+    tau: float = 1e-3
+    # FedProx: weight of the proximal term, added at the site after clipping and noise.
+    proximal_mu: float = 0.0
+    # The released adapter is the mean of the global adapters of the last rounds (post-processing).
+    average_last: int = 1
+    # A site's update with a larger L2 norm is dropped; 0: no bound.
+    norm_bound: float = 0.0
+
+    def __post_init__(self) -> None:
+        kinds = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
+        require(self.kind in kinds, "strategy.kind", self.kind, " | ".join(kinds))
+        require(self.learning_rate > 0, "strategy.learning_rate", self.learning_rate, "> 0")
+        for name in ("momentum", "beta_1", "beta_2"):
+            require(0 <= getattr(self, name) < 1, f"strategy.{name}", getattr(self, name), "0 <= value < 1")
+        require(self.tau > 0, "strategy.tau", self.tau, "> 0")
+        require(self.proximal_mu >= 0, "strategy.proximal_mu", self.proximal_mu, ">= 0")
+        require(self.average_last >= 1, "strategy.average_last", self.average_last, ">= 1")
+        require(self.norm_bound >= 0, "strategy.norm_bound", self.norm_bound, ">= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederationConfig:
+    """Where the sites run, and how long the coordinator waits for them."""
+
+    kind: str = "local"
+    # Processes that play the sites: 0 picks one per core, up to the number of sites.
+    workers: int = 1
+    # The fraction of sites whose good replies a round needs.
+    quorum: float = 0.5
+    timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        require(self.kind in ("local", "flower"), "federation.kind", self.kind, "local or flower")
+        require(self.workers >= 0, "federation.workers", self.workers, ">= 0")
+        require(0 < self.quorum <= 1, "federation.quorum", self.quorum, "0 < quorum <= 1")
+        require(self.timeout > 0, "federation.timeout", self.timeout, "> 0 seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where metrics and artifacts go besides the run folder."""
+
+    kind: str = "mlflow"
+    uri: str = "sqlite:///mlruns.db"
+    experiment: str = "fedmed"
+
+    def __post_init__(self) -> None:
+        require(self.kind in ("mlflow", "none"), "tracking.kind", self.kind, "mlflow or none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """A site's local work in one round."""
+
+    steps_per_round: int = 1
+    # Probability with which each patient enters a step (Poisson sampling).
+    sample_rate: float = 1.0
+    optimizer: str = "sgd"
+    learning_rate: float = 0.5
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    # Records in memory at once; larger batches are split without changing the result.
+    physical_batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        require(self.steps_per_round >= 1, "training.steps_per_round", self.steps_per_round, ">= 1")
+        require(0 < self.sample_rate <= 1, "training.sample_rate", self.sample_rate, "0 < rate <= 1")
+        require(self.optimizer in ("sgd", "adam"), "training.optimizer", self.optimizer, "sgd or adam")
+        require(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "> 0")
+        require(0 <= self.momentum < 1, "training.momentum", self.momentum, "0 <= momentum < 1")
+        require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, ">= 0")
+        require(self.physical_batch_size >= 1, "training.physical_batch_size", self.physical_batch_size, ">= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run, whole. The groups are typed `Any` for Hydra; `__post_init__` holds them to `OPTIONS`."""
+
+    task: Any
+    model: Any
+    adapter: Any
+    privacy: Any
+    strategy: Any
+    federation: Any
+    tracking: Any
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    name: str = "run"
+    rounds: int = 20
+    seed: int = 0
+    # Also train each site alone and without privacy, to compare with.
+    reference: bool = False
+    # The folder of this run; null: runs/<time>-<name>.
+    run_dir: str | None = None
+    # A run folder to continue; its own configuration is used, only `rounds` may change.
+    resume: str | None = None
+
+    def __post_init__(self) -> None:
+        require(self.rounds >= 1, "rounds", self.rounds, ">= 1")
+        require(self.seed >= 0, "seed", self.seed, ">= 0")
+        require(bool(self.name) and "/" not in self.name, "name", self.name, "a word without '/'")
+        for group, kinds in OPTIONS.items():
+            value = getattr(self, group)
+            require(type(value) in kinds.values(), group, value, f"one of the options of '{group}'")
+        if self.model.kind == "tabular":
+            require(
+                self.adapter.kind in ("head", "full"),
+                "adapter",
+                self.adapter.kind,
+                "head or full: a tabular model has no transformer blocks",
+            )
+        require(
+            self.strategy.average_last <= self.rounds,
+            "strategy.average_last",
+            self.strategy.average_last,
+            f"at most rounds={self.rounds}",
+        )
+
+    @property
+    def private(self) -> bool:
+        """Whether an epsilon may be printed for this run."""
+        return self.privacy.kind == "dp" and not self.privacy.seeded and self.task.declare != "from_data"
+
+    def not_private_reason(self) -> str | None:
+        """Why this run is NOT PRIVATE, or None."""
+        if self.privacy.kind == "off":
+            return "privacy=off: no clipping, no noise"
+        if self.privacy.seeded:
+            return "privacy.seeded=true: whoever knows the seed can subtract the noise"
+        if self.task.declare == "from_data":
+            return "task.declare=from_data: ranges, categories and sizes were read from the records"
+        return None
+
+
+OPTIONS: dict[str, dict[str, type]] = {
+    "task": {"table": TableTaskConfig},
+    "model": {"text": TextModelConfig, "tabular": TabularModelConfig},
+    "adapter": {kind: AdapterConfig for kind in ("head", "lora", "ffa_lora", "full")},
+    "privacy": {"dp": DpConfig, "off": NoPrivacyConfig},
+    "strategy": {
+        kind: StrategyConfig for kind in ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
+    },
+    "federation": {kind: FederationConfig for kind in ("local", "flower")},
+    "tracking": {kind: TrackingConfig for kind in ("mlflow", "none")},
+}
+
+
+def parse(group: str, values: dict[str, Any]) -> Any:
+    """The dataclass that a plain mapping (of a message, a run folder) describes. Unknown keys are refused.
+
+    Raises:
+        ConfigError: unknown kind or key, a missing key, or a value of another type.
+    """
+    kind = values.get("kind")
+    if kind not in OPTIONS[group]:
+        raise ConfigError(f"{group}.kind={kind}: {nearest(str(kind), OPTIONS[group])}")
+    return from_dict(OPTIONS[group][kind], values, where=group)
+
+
+def from_dict(cls: type, values: dict[str, Any], *, where: str = "") -> Any:
+    """An instance of the dataclass `cls` from a plain mapping, checked key by key and type by type."""
+    hints = typing.get_type_hints(cls)
+    names = {f.name for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in names:
+            raise ConfigError(f"{where}.{key}: unknown key; {nearest(key, names)}")
+    try:
+        return cls(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except ConfigError as error:
+        # A column's own checks do not know its name.
+        raise ConfigError(str(error).replace("task.columns.*", where)) from None
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _convert(next(a for a in args if a is not type(None)), value, where)
+    if origin is list and isinstance(value, list):
+        return [_convert(args[0], item, where) for item in value]
+    if origin is dict and isinstance(value, dict):
+        return {str(key): _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
+        return from_dict(hint, value, where=where)
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and origin is None and type(value) is hint:
+        return value
+    expected = getattr(hint, "__name__", str(hint))
+    raise ConfigError(f"{where}={value!r}: expected {expected}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The plain mapping from which `parse` builds an equal dataclass."""
+    return dataclasses.asdict(config)
+
+
+def run_config_from_dict(values: dict[str, Any]) -> RunConfig:
+    """The run configuration that `to_dict` wrote."""
+    rest = {key: value for key, value in values.items() if key not in OPTIONS}
+    missing = [group for group in OPTIONS if group not in values]
+    if missing:
+        raise ConfigError(f"configuration without {', '.join(missing)}: the file is damaged")
+    return from_dict(RunConfig, rest | {group: parse(group, values[group]) for group in OPTIONS})

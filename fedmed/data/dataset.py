@@ -1,0 +1,45 @@
+"""What every reader yields: the records of one site, ready to train on."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Facts about a site's data that stay at the site: exact counts and what was left out, and why."""
+
+    content_sha256: str
+    reader: str
+    records: int
+    patients: int
+    positives: int
+    # reason code -> records left out; a code never holds a cell's value.
+    quarantined: dict[str, int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteDataset:
+    """One site's records.
+
+    Attributes:
+        features: (records, features) float32, scaled by declared ranges.
+        texts: one sentence a record, or empty where the task has none.
+        labels: (records,) float32 of 0 and 1.
+        patients: (records,) int64, the same number for all records of a patient.
+        test: (records,) bool; all records of a patient fall on one side.
+    """
+
+    site: str
+    features: NDArray[np.float32]
+    texts: list[str]
+    labels: NDArray[np.float32]
+    patients: NDArray[np.int64]
+    test: NDArray[np.bool_]
+    manifest: Manifest
+
+    def part(self, *, test: bool) -> NDArray[np.int64]:
+        """The indices of the test or the training records."""
+        return np.flatnonzero(self.test if test else ~self.test)

@@ -1,0 +1,229 @@
+"""Every touch of Flower's internals, for the pinned version.
+
+`InProcessGrid` calls a ClientApp in this process, or in worker processes forked from it, with no
+SuperLink and no Ray. The apps are the ones that a deployment runs.
+"""
+
+import importlib
+import logging
+import multiprocessing
+import os
+import signal
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from flwr.app import ArrayRecord, Context, Message, RecordDict
+from flwr.app.error import Error
+from flwr.clientapp import ClientApp
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+log = logging.getLogger("fedmed.flower")
+
+# Flower's own logger prints at import and in every strategy; fedmed reports by itself.
+logging.getLogger("flwr").setLevel(logging.WARNING)
+
+
+def load_object(reference: str) -> Any:
+    """The object that `package.module:name` names."""
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def run_in_process(server_app: ServerApp, client_app: ClientApp, *, nodes: int, workers: int, run_config: dict) -> None:
+    """Run a ServerApp against `nodes` copies of a ClientApp.
+
+    Args:
+        workers: processes that play the nodes; 1 stays in this one.
+        run_config: what `flwr run --run-config` would hold.
+    """
+    grid = InProcessGrid(client_app, nodes=nodes, workers=workers)
+    context = Context(run_id=1, node_id=SUPERLINK_NODE_ID, node_config={}, state=RecordDict(), run_config=run_config)
+    try:
+        server_app(grid, context)
+    finally:
+        grid.close()
+
+
+class InProcessGrid(Grid):
+    """A Grid whose nodes live here. A node always stays with the same worker, so that what it keeps warm stays."""
+
+    def __init__(self, client_app: ClientApp, *, nodes: int, workers: int = 1) -> None:
+        self._app = client_app
+        self._run = Run.create_empty(run_id=1)
+        # A Message reads its run and source from this process-wide identity.
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, SUPERLINK_NODE_ID
+        self._contexts = {
+            index + 2: Context(
+                run_id=1,
+                node_id=index + 2,
+                node_config={"partition-id": index, "num-partitions": nodes},
+                state=RecordDict(),
+                run_config={},
+            )
+            for index in range(nodes)
+        }
+        self._replies: dict[str, Message] = {}
+        self._requested = min(workers, nodes)
+        self._workers: list[_Worker] | None = None
+
+    def start_workers(self) -> None:
+        """Fork the workers. Call it once everything that they share has been loaded."""
+        if self._workers is None and self._requested > 1:
+            self._workers = [_Worker(self._app, self._contexts) for _ in range(self._requested)]
+
+    def set_run(self, run: Run) -> None:
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        pushed = list(messages)
+        for reply in self.send_and_receive(pushed):
+            self._replies[reply.metadata.reply_to_message_id] = reply
+        return [message.metadata.message_id for message in pushed]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return [self._replies.pop(key) for key in list(message_ids) if key in self._replies]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        sent = [_own_copy(message) for message in messages]
+        self.start_workers()
+        if self._workers is None:
+            return [_identified(_call(self._app, m, self._contexts[m.metadata.dst_node_id])) for m in sent]
+        return list(self._gather(self._workers, sent, timeout))
+
+    def _gather(self, workers: list["_Worker"], sent: list[Message], timeout: float | None) -> Iterator[Message]:
+        end = None if timeout is None else time.monotonic() + timeout
+        waiting: dict[str, Message] = {}
+        for message in sent:
+            worker = workers[message.metadata.dst_node_id % len(workers)]
+            if worker.send(message):
+                waiting[message.metadata.message_id] = message
+            else:
+                yield _identified(_unavailable(message))
+        while waiting:
+            left = None if end is None else max(0.0, end - time.monotonic())
+            connections = [worker.connection for worker in workers if not worker.dead]
+            ready = wait(connections, left) if connections else []
+            if not ready and connections:
+                return
+            for worker in workers:
+                if worker.connection in ready:
+                    key, reply = worker.receive()
+                    if reply is not None and waiting.pop(key, None) is not None:
+                        yield _identified(reply)
+            lost = [k for k, m in waiting.items() if workers[m.metadata.dst_node_id % len(workers)].dead]
+            for key in lost:
+                yield _identified(_unavailable(waiting.pop(key)))
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in self._workers or []:
+            worker.close()
+        self._workers = None
+
+
+class _Worker:
+    """A forked process that plays some of the nodes, one message at a time."""
+
+    def __init__(self, app: ClientApp, contexts: dict[int, Context]) -> None:
+        fork = multiprocessing.get_context("fork")
+        self.connection, theirs = fork.Pipe()
+        self.dead = False
+        self._process = fork.Process(target=_serve, args=(theirs, app, contexts), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def send(self, message: Message) -> bool:
+        """Whether the worker took the message."""
+        if not self.dead:
+            try:
+                self.connection.send(message)
+            except OSError:
+                self._lost()
+        return not self.dead
+
+    def receive(self) -> tuple[str, Message | None]:
+        """A reply and the id of the message that it answers; None once the process is gone."""
+        try:
+            return self.connection.recv()
+        except (EOFError, OSError):
+            self._lost()
+            return "", None
+
+    def _lost(self) -> None:
+        self.dead = True
+        self._process.join(timeout=1)
+        log.error("a worker process ended with code %s; its sites are unavailable", self._process.exitcode)
+
+    def close(self) -> None:
+        self.connection.close()
+        self._process.join(timeout=1)
+        if self._process.is_alive():
+            self._process.terminate()
+            self._process.join()
+
+
+def _serve(connection: Connection, app: ClientApp, contexts: dict[int, Context]) -> None:
+    # Ctrl-C reaches the whole process group; the coordinator alone decides what happens then.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    while True:
+        try:
+            message = connection.recv()
+            reply = _call(app, message, contexts[message.metadata.dst_node_id])
+            connection.send((message.metadata.message_id, reply))
+        except (EOFError, OSError):
+            # Without interpreter shutdown: what was inherited from the parent is the parent's to clean up.
+            os._exit(0)
+
+
+def _call(app: ClientApp, message: Message, context: Context) -> Message:
+    try:
+        return app(message=message, context=context)
+    except Exception as error:
+        # The text of an exception may hold data; its type and place do not.
+        frame = error.__traceback__
+        while frame is not None and frame.tb_next is not None:
+            frame = frame.tb_next
+        place = f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}" if frame else "?"
+        log.error("a site failed: %s at %s", type(error).__name__, place)
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "site-failed"), reply_to=message)
+
+
+def _unavailable(message: Message) -> Message:
+    return Message(Error(ErrorCode.NODE_UNAVAILABLE, "node-unavailable"), reply_to=message)
+
+
+def _own_copy(message: Message) -> Message:
+    """Senders may share one content between messages; every node gets its own (array bytes stay shared)."""
+    if message.has_content():
+        message.content = RecordDict(
+            {
+                name: ArrayRecord(OrderedDict(record)) if isinstance(record, ArrayRecord) else type(record)(dict(record))
+                for name, record in message.content.items()
+            }
+        )
+    return _identified(message)
+
+
+def _identified(message: Message) -> Message:
+    # Flower hashes the content for an id; in one process any unique one does.
+    message.metadata.__dict__["_message_id"] = uuid.uuid4().hex
+    return message

@@ -1,0 +1,29 @@
+"""The network that a configuration describes. Built once a process and kept: a warm site."""
+
+import json
+from functools import lru_cache
+
+from fedmed.config import parse, to_dict
+from fedmed.models.classifier import Classifier, TabularClassifier, TextClassifier
+
+
+def build(task: object, model: object, adapter: object, *, seed: int) -> Classifier:
+    """The network for a task, model and adapter configuration.
+
+    The same configuration gives the same object until two others were asked for: callers set the adapter's
+    values before they use it.
+
+    Raises:
+        ModelError: the model cannot be loaded, or the adapter does not fit it.
+    """
+    return _build(*(json.dumps(to_dict(part), sort_keys=True) for part in (task, model, adapter)), seed)
+
+
+@lru_cache(maxsize=2)
+def _build(task_json: str, model_json: str, adapter_json: str, seed: int) -> Classifier:
+    task = parse("task", json.loads(task_json))
+    model = parse("model", json.loads(model_json))
+    adapter = parse("adapter", json.loads(adapter_json))
+    if model.kind == "tabular":
+        return TabularClassifier(task, model, seed=seed)
+    return TextClassifier(task, model, adapter, seed=seed)

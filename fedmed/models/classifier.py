@@ -1,0 +1,202 @@
+"""The two networks a task can be learned with: an encoder with a linear head, and a tabular one.
+
+Both map a batch of named tensors to one logit a record, and both know how to turn a site's records into
+such a batch, once.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedmed.config import AdapterConfig, TableTaskConfig, TabularModelConfig, TextModelConfig
+from fedmed.data.dataset import SiteDataset
+from fedmed.data.table import feature_names, synthetic_sentences
+from fedmed.models.adapters import add_adapter
+from fedmed.models.loading import load_encoder
+from fedmed.models.prefix import capture, first_trainable_block, replayed, transformer_blocks
+
+Batch = dict[str, Tensor]
+# Records per forward pass where no gradient is needed.
+INFERENCE_BATCH = 32
+
+
+class Classifier(nn.Module):
+    """What training, evaluation and export need to know about a network."""
+
+    head: nn.Linear
+
+    def prepare(self, data: SiteDataset) -> Batch:
+        """A site's records as named tensors, first dimension records: everything that is computed once."""
+        raise NotImplementedError
+
+    def adapter(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters by name, in a fixed order: what travels."""
+        return {name: p for name, p in sorted(self.named_parameters()) if p.requires_grad}
+
+    def training_mode(self) -> None:
+        """Train what is trainable; everything frozen stays in eval(), so that dropout and statistics are off."""
+        self.eval()
+        for module in self.modules():
+            if any(p.requires_grad for p in module.parameters(recurse=False)):
+                module.training = True
+
+
+class TabularClassifier(Classifier):
+    """Logistic regression, or one hidden tanh layer (bounded activations suit clipping: Papernot et al. 2021)."""
+
+    def __init__(self, task: TableTaskConfig, model: TabularModelConfig, *, seed: int) -> None:
+        super().__init__()
+        width = len(feature_names(task))
+        self.hidden: nn.Module = nn.Identity()
+        if model.hidden:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                self.hidden = nn.Sequential(nn.Linear(width, model.hidden), nn.Tanh())
+        self.head = nn.Linear(model.hidden or width, 1)
+        _zero(self.head)
+
+    def prepare(self, data: SiteDataset) -> Batch:
+        return {"features": torch.from_numpy(data.features)}
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(records,) logits of (records, features)."""
+        return self.head(self.hidden(features)).squeeze(-1)
+
+
+class TextClassifier(Classifier):
+    """A pretrained encoder, pooled, centred by public constants, and a linear head."""
+
+    def __init__(
+        self, task: TableTaskConfig, model: TextModelConfig, adapter: AdapterConfig, *, seed: int
+    ) -> None:
+        super().__init__()
+        self.config = model
+        encoder, self.tokenizer = load_encoder(model)
+        self.limit = min(model.max_tokens, getattr(encoder.config, "max_position_embeddings", model.max_tokens))
+        self.model_type: str = encoder.config.model_type
+        self.encoder = encoder
+        width = int(encoder.config.hidden_size)
+        mean, projection = self._whitening(task, width)
+        self.register_buffer("mean", mean)
+        self.register_buffer("projection", projection)
+        self.encoder = add_adapter(encoder, adapter, seed=seed)
+        self.head = nn.Linear(projection.shape[1], 1)
+        _zero(self.head)
+        blocks = transformer_blocks(self.encoder)[1]
+        cut = first_trainable_block(self.encoder)
+        self.head_only = cut == len(blocks) and adapter.kind == "head"
+        # Where the stored state enters; None: nothing frozen comes first (or only the head is trained).
+        self.cut = cut if cut is not None and 0 < cut < len(blocks) else None
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        state: Tensor | None = None,
+        features: Tensor | None = None,
+    ) -> Tensor:
+        """(records,) logits; from stored `features` where only the head is trained, or from a stored `state`."""
+        if features is None:
+            assert input_ids is not None and attention_mask is not None
+            if state is None or self.cut is None:
+                hidden = self._encode(input_ids, attention_mask)
+            else:
+                with replayed(self.encoder, self.cut, state):
+                    hidden = self._encode(input_ids, attention_mask)
+            features = (self._pool(hidden, attention_mask) - self.mean) @ self.projection
+        return self.head(features).squeeze(-1)
+
+    @torch.no_grad()
+    def prepare(self, data: SiteDataset) -> Batch:
+        self.eval()
+        inputs = self.tokenize(data.texts)
+        if self.head_only:
+            return {"features": (self.pooled(data.texts) - self.mean) @ self.projection}
+        if self.cut is not None:
+            # Stored at full length: a record's state must not depend on the batch that it came in.
+            states = [
+                capture(self.encoder, self.cut, self._encoder_inputs(ids, mask))
+                for ids, mask in zip(
+                    inputs["input_ids"].split(INFERENCE_BATCH),
+                    inputs["attention_mask"].split(INFERENCE_BATCH),
+                    strict=True,
+                )
+            ]
+            inputs["state"] = torch.cat(states)
+        return inputs
+
+    def tokenize(self, texts: list[str]) -> Batch:
+        """(records, tokens) int64 ids and mask, padded to the longest text."""
+        encoded = self.tokenizer(
+            texts, padding=True, truncation=True, max_length=self.limit, return_tensors="pt"
+        )
+        return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+
+    @torch.no_grad()
+    def pooled(self, texts: list[str]) -> Tensor:
+        """(texts, width) pooled outputs of the encoder, batched by length to save padding."""
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        pooled: list[Tensor] = [torch.empty(0)] * len(texts)
+        for start in range(0, len(order), INFERENCE_BATCH):
+            chosen = order[start : start + INFERENCE_BATCH]
+            inputs = self.tokenize([texts[index] for index in chosen])
+            rows = self._pool(self._encode(**inputs), inputs["attention_mask"])
+            for index, row in zip(chosen, rows, strict=True):
+                pooled[index] = row
+        return torch.stack(pooled)
+
+    def plain_head(self) -> tuple[Tensor, Tensor]:
+        """Weight (1, width) and bias (1,) of the same head on the encoder's plain pooled output."""
+        weight = self.head.weight.detach() @ self.projection.T
+        return weight, self.head.bias.detach() - weight @ self.mean
+
+    def _encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.encoder(**self._encoder_inputs(input_ids, attention_mask)).last_hidden_state
+
+    def _encoder_inputs(self, input_ids: Tensor, attention_mask: Tensor) -> Batch:
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if self.model_type == "bert":
+            # Given per record, so that the position table's gradient has one row a record.
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+            inputs["position_ids"] = positions.expand(len(input_ids), -1)
+        return inputs
+
+    def _pool(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        if self.config.pooling == "cls":
+            return hidden[:, 0]
+        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * mask).sum(1) / mask.sum(1)
+
+    def _whitening(self, task: TableTaskConfig, width: int) -> tuple[Tensor, Tensor]:
+        """Mean (width,) and projection (width, components) of synthetic sentences: public constants.
+
+        Features keep the leading principal components, each divided by its deviation to the power
+        `whitening`, and are scaled to a root-mean-square norm of 1 over the synthetic sentences, so that
+        one clipping norm suits every encoder.
+        """
+        if not self.config.synthetic_sentences:
+            return torch.zeros(width), torch.eye(width)
+        rows = self.pooled(synthetic_sentences(task, self.config.synthetic_sentences)).double().numpy()
+        mean = rows.mean(axis=0)
+        if not self.config.components:
+            scale = np.sqrt(((rows - mean) ** 2).sum(axis=1).mean())
+            projection = np.eye(width) / scale
+        else:
+            _, singular, directions = np.linalg.svd(rows - mean, full_matrices=False)
+            kept = min(self.config.components, width, len(singular))
+            deviation = singular[:kept] / np.sqrt(len(rows))
+            projection = directions[:kept].T * deviation**-self.config.whitening
+            projection /= np.sqrt((((rows - mean) @ projection) ** 2).sum(axis=1).mean())
+        return torch.from_numpy(mean).float(), torch.from_numpy(projection).float()
+
+
+def select(batch: Mapping[str, Tensor], indices: Tensor) -> Batch:
+    """The rows `indices` of every tensor."""
+    return {name: tensor[indices] for name, tensor in batch.items()}
+
+
+def _zero(head: nn.Linear) -> None:
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)

@@ -1,0 +1,85 @@
+"""Epsilon from events, by dp-accounting. An event that it cannot compose is refused, never treated as free."""
+
+import math
+from collections.abc import Iterable
+from functools import lru_cache
+
+import absl.logging
+import dp_accounting
+from dp_accounting import DpEvent, NeighboringRelation, UnsupportedEventError
+from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
+
+from fedmed.errors import PrivacyError
+
+# PLD binds for a plan that is fixed in advance; RDP is shown beside it (privacy.md, rule 11).
+ACCOUNTANTS = {"pld": PLDAccountant, "rdp": RdpAccountant}
+BINDING = "pld"
+
+# The RDP accountant warns about each order that it leaves out of its minimum; leaving one out is sound.
+absl.logging.set_verbosity(absl.logging.ERROR)
+
+
+def epsilon_of(event: DpEvent, *, delta: float, accountant: str = BINDING) -> float:
+    """The epsilon of an event under adding or removing one unit.
+
+    Raises:
+        PrivacyError: the accountant does not support the event.
+    """
+    ledger = ACCOUNTANTS[accountant](neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
+    try:
+        ledger.compose(event)
+    except UnsupportedEventError:
+        raise PrivacyError(f"the {accountant} accountant cannot compose {type(event).__name__}; refused") from None
+    return float(ledger.get_epsilon(delta))
+
+
+def composed_epsilon(events: Iterable[DpEvent], *, delta: float) -> float:
+    """Epsilon for a patient who took part at every site: the composition of all events."""
+    return epsilon_of(dp_accounting.ComposedDpEvent(list(events)), delta=delta)
+
+
+@lru_cache(maxsize=1024)
+def calibrate_noise(*, epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
+    """The noise multiplier at which `steps` Poisson-sampled Gaussian steps cost at most `epsilon`, and at
+    least 99.9% of it.
+
+    Raises:
+        PrivacyError: none between 0.01 and 10,000 does.
+    """
+
+    def cost(noise: float) -> float:
+        step = dp_accounting.PoissonSampledDpEvent(sample_rate, dp_accounting.GaussianDpEvent(noise))
+        return epsilon_of(dp_accounting.SelfComposedDpEvent(step, steps), delta=delta)
+
+    # Secant steps on log-log axes, where the cost is nearly a line; the aim lies inside the accepted band.
+    noise = max(0.3, sample_rate * math.sqrt(steps * 2 * math.log(1.25 / delta)) / epsilon)
+    tried: list[tuple[float, float]] = []
+    for _ in range(40):
+        spent = cost(noise)
+        if 0.999 * epsilon <= spent <= epsilon:
+            return noise
+        tried.append((noise, spent))
+        slope = -1.0
+        if len(tried) > 1:
+            (a, cost_a), (b, cost_b) = tried[-2:]
+            slope = math.log(cost_b / cost_a) / math.log(b / a) if a != b and cost_a != cost_b else slope
+        step = math.log(0.9996 * epsilon / spent) / min(slope, -0.2)
+        noise *= math.exp(max(-1.5, min(1.5, step)))
+        if not 1e-2 < noise < 10_000:
+            break
+    raise PrivacyError(
+        f"privacy.epsilon={epsilon}: no noise multiplier between 0.01 and 10000 gives it at delta {delta} "
+        f"in {steps} steps; change privacy.epsilon, rounds or training.sample_rate"
+    )
+
+
+def round_up(epsilon: float, digits: int = 2) -> float:
+    """Epsilon as printed: never less than what was spent.
+
+    >>> round_up(2.9912)
+    3.0
+    """
+    scale = 10**digits
+    # The small slack keeps 3.0 (stored as 3.0000000000000004) from being printed as 3.01.
+    return math.ceil(epsilon * scale - 1e-9) / scale if math.isfinite(epsilon) else epsilon

@@ -1,0 +1,124 @@
+"""DP-SGD with the patient as the unit: combine a patient's gradients, then clip (privacy.md, rules 4 to 8).
+
+Opacus computes per-record gradients and steps the optimizer; here a patient's gradients are combined
+before Opacus clips, and the noise comes from the site's own source.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from opacus.grad_sample import GradSampleModule
+from opacus.optimizers import DPOptimizer
+from torch import Tensor, nn
+
+from fedmed.errors import PrivacyError
+from fedmed.privacy.plan import PrivacyPlan
+from fedmed.privacy.randomness import RandomSource
+
+
+class PatientOptimizer(DPOptimizer):
+    """Opacus's optimizer with its noise drawn from a `RandomSource`, in float64.
+
+    `noise_draws` counts the steps that were noised, so that what ran can be held against what was accounted.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, plan: PrivacyPlan, source: RandomSource) -> None:
+        super().__init__(
+            optimizer,
+            noise_multiplier=plan.noise_multiplier,
+            max_grad_norm=plan.max_grad_norm,
+            expected_batch_size=plan.expected_batch,
+        )
+        self.plan = plan
+        self.source = source
+        self.noise_draws = 0
+
+    def add_noise(self) -> None:
+        """Sum of clipped gradients plus the plan's Gaussian, into `p.grad`."""
+        for p in self.params:
+            noise = torch.from_numpy(self.plan.noise(tuple(p.shape), self.source))
+            p.grad = (p.summed_grad.double() + noise.to(p.device)).to(p.dtype).view_as(p)
+        self.noise_draws += 1
+
+
+def combine_patients(grad_sample: Tensor, patient_of_record: Tensor, patients: int) -> Tensor:
+    """Per-patient gradients: the mean over the records that a patient has in this step.
+
+    Args:
+        grad_sample: (records, *shape).
+        patient_of_record: (records,) int64 in [0, patients).
+
+    Returns:
+        (patients, *shape).
+    """
+    combined = torch.zeros(patients, *grad_sample.shape[1:], dtype=grad_sample.dtype, device=grad_sample.device)
+    combined.index_add_(0, patient_of_record, grad_sample)
+    counts = torch.bincount(patient_of_record, minlength=patients).clamp(min=1).to(grad_sample.dtype)
+    return combined / counts.view(-1, *[1] * (combined.dim() - 1))
+
+
+def drop_non_finite(gradients: list[Tensor]) -> list[Tensor]:
+    """The gradients with every patient zeroed who has a NaN or infinite entry in any of them.
+
+    Without this one patient's NaN destroys every weight: a clip factor times NaN is NaN.
+    """
+    if not gradients or len(gradients[0]) == 0:
+        return gradients
+    finite = torch.stack([torch.isfinite(g.flatten(1)).all(dim=1) for g in gradients]).all(dim=0)
+    return [torch.where(finite.view(-1, *[1] * (g.dim() - 1)), g, torch.zeros_like(g)) for g in gradients]
+
+
+def private_step(
+    model: GradSampleModule,
+    optimizer: PatientOptimizer,
+    chunks: Iterable[tuple[Tensor, Tensor, int]],
+) -> None:
+    """One noised step. An empty batch still adds noise and steps.
+
+    Args:
+        chunks: per-record losses (records,), the patient of each record, and the number of patients; every
+            patient lies in one chunk. They are consumed one at a time: the sum of the clipped gradients
+            does not depend on how the batch was split.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for losses, patient_of_record, patients in chunks:
+        losses.sum().backward()
+        combined = [combine_patients(p.grad_sample, patient_of_record, patients) for p in parameters]
+        _accumulate(optimizer, parameters, drop_non_finite(combined))
+    # A last, empty chunk takes the step, so that empty and full batches go the same way.
+    for p in parameters:
+        p.grad_sample = torch.zeros(0, *p.shape, dtype=p.dtype, device=p.device)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _accumulate(optimizer: PatientOptimizer, parameters: list[nn.Parameter], combined: list[Tensor]) -> None:
+    for p, gradient in zip(parameters, combined, strict=True):
+        p.grad_sample = gradient
+    optimizer.signal_skip_step(do_skip=True)
+    optimizer.step()
+    # Clears the per-patient gradients and keeps their clipped sum.
+    optimizer.zero_grad(set_to_none=True)
+
+
+def check_sound(model: nn.Module) -> None:
+    """Refuse what per-patient gradients cannot describe.
+
+    Raises:
+        PrivacyError: names the module and the fix.
+    """
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        trainable = any(p.requires_grad for p in module.parameters(recurse=False))
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (trainable or module.training):
+            raise PrivacyError(
+                f"{name} ({kind}) mixes the patients of a batch; replace it with GroupNorm, or leave it frozen "
+                "in eval() mode"
+            )
+        if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
+            raise PrivacyError(f"{name} ({kind}) keeps statistics of the data; set track_running_stats=False")
+        if trainable and type(module) not in GradSampleModule.GRAD_SAMPLERS:
+            raise PrivacyError(
+                f"{name} ({kind}) has trainable parameters without a per-sample gradient rule; freeze it "
+                "(adapter=lora, or adapter.embeddings=false) or register one in fedmed/models/grad_samplers.py"
+            )

@@ -1,0 +1,184 @@
+"""Between fedmed's values and Flower's records: the only serialiser.
+
+Messages carry values, never code: configuration as JSON text that is parsed into checked dataclasses, and
+arrays. A message of another protocol version is refused.
+"""
+
+import dataclasses
+import json
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from numpy.typing import NDArray
+
+from fedmed.config import (
+    AdapterConfig,
+    DpConfig,
+    NoPrivacyConfig,
+    RunConfig,
+    TableTaskConfig,
+    TabularModelConfig,
+    TextModelConfig,
+    TrainingConfig,
+    from_dict,
+    parse,
+    to_dict,
+)
+from fedmed.errors import ConfigError, RunError
+from fedmed.metrics import ScoreCounts
+from fedmed.privacy.plan import PrivacyPlan
+
+PROTOCOL = 1
+Arrays = dict[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instruction:
+    """What a site is asked to do in a round. Round 0 asks for a quote: nothing is trained, no data is opened."""
+
+    run_id: str
+    round: int
+    seed: int
+    proximal_mu: float
+    task: TableTaskConfig
+    model: TextModelConfig | TabularModelConfig
+    adapter: AdapterConfig
+    privacy: DpConfig | NoPrivacyConfig
+    training: TrainingConfig
+    # One plan a site, by the site's name.
+    plans: dict[str, PrivacyPlan]
+
+    @classmethod
+    def of(cls, config: RunConfig, plans: Mapping[str, PrivacyPlan], *, run_id: str, round: int) -> "Instruction":
+        """The instruction of a run's round."""
+        return cls(
+            run_id=run_id,
+            round=round,
+            seed=config.seed,
+            proximal_mu=config.strategy.proximal_mu,
+            task=config.task,
+            model=config.model,
+            adapter=config.adapter,
+            privacy=config.privacy,
+            training=config.training,
+            plans=dict(plans),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quote:
+    """A site's answer to round 0: what the run would cost it by its own accounting, or why it refuses."""
+
+    site: str
+    declared_size: int
+    # None where the run adds no noise.
+    epsilon: float | None
+    refusal: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """What stands beside a site's update: public values only."""
+
+    site: str
+    round: int
+    declared_size: int
+    noise_draws: int
+
+
+def instruction_record(instruction: Instruction, arrays: Arrays | None = None) -> RecordDict:
+    """The content of a message to a site."""
+    values = {
+        field.name: getattr(instruction, field.name)
+        for field in dataclasses.fields(Instruction)
+        if field.name not in ("task", "model", "adapter", "privacy", "training", "plans")
+    }
+    for group in ("task", "model", "adapter", "privacy", "training"):
+        values[group] = to_dict(getattr(instruction, group))
+    values["plans"] = {site: to_dict(plan) for site, plan in instruction.plans.items()}
+    return _record("instruction", values, arrays)
+
+
+def read_instruction(content: RecordDict) -> tuple[Instruction, Arrays]:
+    """The instruction of a message and its arrays.
+
+    Raises:
+        ConfigError: another protocol version, a missing or unknown key, a value out of range.
+    """
+    values = _values("instruction", content)
+    for group in ("task", "model", "adapter", "privacy"):
+        values[group] = parse(group, values.get(group, {}))
+    values["training"] = from_dict(TrainingConfig, values.get("training", {}), where="training")
+    values["plans"] = {
+        site: from_dict(PrivacyPlan, plan, where=f"plans.{site}") for site, plan in values.get("plans", {}).items()
+    }
+    names = {field.name for field in dataclasses.fields(Instruction)}
+    if values.keys() != names:
+        raise ConfigError(f"instruction: expected the keys {', '.join(sorted(names))}")
+    return Instruction(**values), _arrays(content)
+
+
+def quote_record(quote: Quote) -> RecordDict:
+    """The content of a site's answer to round 0."""
+    return _record("quote", to_dict(quote))
+
+
+def read_quote(content: RecordDict) -> Quote:
+    """A site's answer to round 0."""
+    return from_dict(Quote, _values("quote", content), where="quote")
+
+
+def update_record(receipt: Receipt, delta: Arrays) -> RecordDict:
+    """The content of a site's reply to a round: the adapter's change and its receipt."""
+    return _record("receipt", to_dict(receipt), delta)
+
+
+def read_update(content: RecordDict) -> tuple[Receipt, Arrays]:
+    """A site's receipt and the change of its adapter."""
+    return from_dict(Receipt, _values("receipt", content), where="receipt"), _arrays(content)
+
+
+def scores_record(site: str, counts: ScoreCounts) -> RecordDict:
+    """The content of a site's evaluation, marked as an exact release."""
+    record = _record("scores", {"site": site, "release": "exact"})
+    record["counts"] = ArrayRecord(OrderedDict(counts=Array(counts.counts.astype(np.int32))))
+    return record
+
+
+def read_scores(content: RecordDict) -> tuple[str, ScoreCounts]:
+    """A site's name and its exact score counts."""
+    site = _values("scores", content)["site"]
+    return site, ScoreCounts(content.array_records["counts"]["counts"].numpy().astype(np.int64))
+
+
+def array_bytes(content: RecordDict) -> int:
+    """The bytes of all arrays in a message: what travels besides a few hundred bytes of text."""
+    return sum(len(array.data) for record in content.array_records.values() for array in record.values())
+
+
+def _record(name: str, values: dict[str, Any], arrays: Arrays | None = None) -> RecordDict:
+    text = json.dumps({"protocol": PROTOCOL, **values})
+    record = RecordDict({name: ConfigRecord({"json": text})})
+    if arrays is not None:
+        record["arrays"] = ArrayRecord(OrderedDict((key, Array(value)) for key, value in arrays.items()))
+    return record
+
+
+def _values(name: str, content: RecordDict) -> dict[str, Any]:
+    if name not in content.config_records:
+        raise RunError(f"a message without '{name}'; is fedmed the same version at both ends?")
+    values = json.loads(str(content.config_records[name]["json"]))
+    protocol = values.pop("protocol", None)
+    if protocol != PROTOCOL:
+        raise ConfigError(f"protocol={protocol}: expected {PROTOCOL}; install the same fedmed version at both ends")
+    return values
+
+
+def _arrays(content: RecordDict) -> Arrays:
+    if "arrays" not in content.array_records:
+        return {}
+    return {name: array.numpy() for name, array in content.array_records["arrays"].items()}

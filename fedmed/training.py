@@ -1,0 +1,220 @@
+"""Local training and evaluation as functions of arrays. No Flower here."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from opacus.grad_sample import GradSampleModule
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedmed.config import TrainingConfig
+from fedmed.data.dataset import SiteDataset
+from fedmed.models.classifier import INFERENCE_BATCH, Batch, Classifier, select
+from fedmed.privacy.dpsgd import PatientOptimizer, check_sound, private_step
+from fedmed.privacy.plan import PrivacyPlan
+from fedmed.privacy.randomness import RandomSource
+
+Arrays = dict[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class LocalData:
+    """One part (training or test) of a site, as the model reads it.
+
+    Attributes:
+        batch: named tensors, first dimension records.
+        labels: (records,) float32.
+        records_of: for each patient, the indices of the patient's records.
+    """
+
+    batch: Batch
+    labels: Tensor
+    records_of: list[NDArray[np.int64]]
+
+
+@dataclass(frozen=True)
+class LocalUpdate:
+    """What a site's training gives: the change of each adapter array, and how many steps were noised."""
+
+    delta: Arrays
+    noise_draws: int
+
+
+def one_thread() -> None:
+    """Use one core: results then do not depend on how many processes play the sites."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+
+
+def local_parts(model: Classifier, data: SiteDataset) -> tuple[LocalData, LocalData]:
+    """The training and the test part, tokenised and with the frozen part of the model computed."""
+    batch = model.prepare(data)
+
+    def part(indices: NDArray[np.int64]) -> LocalData:
+        patients = data.patients[indices]
+        records_of = [np.flatnonzero(patients == code) for code in dict.fromkeys(patients.tolist())]
+        chosen = torch.from_numpy(indices)
+        return LocalData(select(batch, chosen), torch.from_numpy(data.labels[indices]), records_of)
+
+    return part(data.part(test=False)), part(data.part(test=True))
+
+
+def get_adapter(model: Classifier) -> Arrays:
+    """Copies of the adapter's arrays."""
+    return {name: p.detach().cpu().numpy().copy() for name, p in model.adapter().items()}
+
+
+def set_adapter(model: Classifier, arrays: Mapping[str, NDArray[np.float32]]) -> None:
+    """Copy arrays into the adapter; names and shapes must agree."""
+    parameters = model.adapter()
+    if arrays.keys() != parameters.keys():
+        raise ValueError("adapter arrays are misnamed")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if tuple(arrays[name].shape) != tuple(parameter.shape):
+                raise ValueError("adapter arrays are misshapen")
+            parameter.copy_(torch.from_numpy(np.ascontiguousarray(arrays[name], dtype=np.float32)))
+
+
+def train(
+    model: Classifier,
+    data: LocalData,
+    arrays: Arrays,
+    *,
+    plan: PrivacyPlan,
+    training: TrainingConfig,
+    source: RandomSource,
+    proximal_mu: float = 0.0,
+) -> LocalUpdate:
+    """One round at one site: `plan.steps_per_round` steps from the global `arrays`.
+
+    With a noise multiplier above zero the update is a DP-SGD output under `plan`; the number of steps, the
+    divisor and the noise do not depend on the data. With zero nothing is clipped and nothing is private.
+    """
+    set_adapter(model, arrays)
+    model.training_mode()
+    parameters = list(model.adapter().values())
+    optimizer = _optimizer(parameters, training)
+    start = [p.detach().clone() for p in parameters]
+
+    def pull_back(_: object = None) -> None:
+        # FedProx (Li et al. 2020, eq. 2), after clipping and noise: it reads shared values alone.
+        if proximal_mu:
+            for p, origin in zip(parameters, start, strict=True):
+                assert p.grad is not None
+                p.grad += proximal_mu * (p.detach() - origin)
+
+    if plan.noise_multiplier > 0:
+        draws = _train_private(model, data, optimizer, pull_back, plan, training, source)
+    else:
+        _train_plain(model, data, optimizer, pull_back, plan, training, source)
+        draws = 0
+    delta = {
+        name: (p.detach() - origin).cpu().numpy()
+        for (name, p), origin in zip(model.adapter().items(), start, strict=True)
+    }
+    return LocalUpdate(delta, draws)
+
+
+def _train_private(
+    model: Classifier,
+    data: LocalData,
+    optimizer: torch.optim.Optimizer,
+    pull_back: Callable[[object], None],
+    plan: PrivacyPlan,
+    training: TrainingConfig,
+    source: RandomSource,
+) -> int:
+    check_sound(model)
+    wrapped = GradSampleModule(model, loss_reduction="sum")
+    private = PatientOptimizer(optimizer, plan=plan, source=source)
+    private.attach_step_hook(pull_back)
+    try:
+        for _ in range(plan.steps_per_round):
+            chunks = _chunks(data, plan, training, source)
+            private_step(wrapped, private, ((_losses(wrapped, data, rows), of, count) for rows, of, count in chunks))
+    finally:
+        wrapped.remove_hooks()
+        for p in model.parameters():
+            for name in ("grad_sample", "summed_grad", "_forward_counter"):
+                if hasattr(p, name):
+                    delattr(p, name)
+            p.grad = None
+    return private.noise_draws
+
+
+def _train_plain(
+    model: Classifier,
+    data: LocalData,
+    optimizer: torch.optim.Optimizer,
+    pull_back: Callable[[object], None],
+    plan: PrivacyPlan,
+    training: TrainingConfig,
+    source: RandomSource,
+) -> None:
+    for _ in range(plan.steps_per_round):
+        optimizer.zero_grad(set_to_none=True)
+        for p in model.adapter().values():
+            p.grad = torch.zeros_like(p)
+        for rows, patient_of_record, patients in _chunks(data, plan, training, source):
+            counts = torch.bincount(patient_of_record, minlength=patients)
+            (_losses(model, data, rows) / counts[patient_of_record] / plan.expected_batch).sum().backward()
+        pull_back(None)
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _chunks(
+    data: LocalData, plan: PrivacyPlan, training: TrainingConfig, source: RandomSource
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """A step's records, split into pieces that fit in memory with every patient in one piece.
+
+    Yields:
+        record indices, the patient of each (counted within the piece), and the piece's number of patients.
+    """
+    rows: list[NDArray[np.int64]] = []
+    size = 0
+    for patient in plan.sample_patients(len(data.records_of), source):
+        records = data.records_of[patient]
+        if len(records) > plan.records_per_patient:
+            records = records[source.choose(len(records), plan.records_per_patient)]
+        if rows and size + len(records) > training.physical_batch_size:
+            yield _chunk(rows)
+            rows, size = [], 0
+        rows.append(records)
+        size += len(records)
+    if rows:
+        yield _chunk(rows)
+
+
+def _chunk(rows: list[NDArray[np.int64]]) -> tuple[Tensor, Tensor, int]:
+    patient = np.repeat(np.arange(len(rows)), [len(records) for records in rows])
+    return torch.from_numpy(np.concatenate(rows)), torch.from_numpy(patient), len(rows)
+
+
+def _losses(model: nn.Module, data: LocalData, rows: Tensor) -> Tensor:
+    """(records,) binary cross-entropy: a sum over patients, so that each has a gradient of its own."""
+    logits = model(**select(data.batch, rows))
+    return functional.binary_cross_entropy_with_logits(logits, data.labels[rows], reduction="none")
+
+
+def _optimizer(parameters: list[nn.Parameter], training: TrainingConfig) -> torch.optim.Optimizer:
+    if training.optimizer == "adam":
+        return torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+    return torch.optim.SGD(
+        parameters, lr=training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
+    )
+
+
+@torch.no_grad()
+def logits(model: Classifier, data: LocalData, arrays: Arrays) -> NDArray[np.float32]:
+    """(records,) logits of a part under the given adapter."""
+    set_adapter(model, arrays)
+    model.eval()
+    rows = torch.arange(len(data.labels))
+    return torch.cat([model(**select(data.batch, piece)) for piece in rows.split(INFERENCE_BATCH)]).numpy()
