@@ -26,8 +26,8 @@ def quote(instruction: Instruction, site: str) -> Quote:
     if instruction.model.kind == "text":
         _check_model(json.dumps(to_dict(instruction.model)))
     epsilon = plan.epsilon() if plan.noise_multiplier > 0 else None
-    asked = getattr(instruction.privacy, "epsilon", None)
-    if asked is not None and (epsilon is None or epsilon > asked):
+    asked = instruction.privacy.epsilon
+    if epsilon is not None and asked is not None and epsilon > asked:
         raise ConfigError(f"plans.{site}: costs epsilon {epsilon}, the run asked for {asked}")
     return Quote(site=site, declared_size=plan.declared_size, epsilon=epsilon)
 
@@ -43,7 +43,7 @@ def own_plan(instruction: Instruction, site: str) -> PrivacyPlan:
         "sample_rate": instruction.training.sample_rate,
         "steps_per_round": instruction.training.steps_per_round,
         "records_per_patient": instruction.privacy.records_per_patient,
-        "max_grad_norm": getattr(instruction.privacy, "max_grad_norm", plan.max_grad_norm),
+        "max_grad_norm": instruction.privacy.max_grad_norm,
     }
     for name, value in declared.items():
         if getattr(plan, name) != value:

@@ -20,7 +20,7 @@ class ColumnConfig:
     """What one column of a table may hold, declared by a person, never read from the data.
 
     Numeric: `low` and `high` bound it (values outside are clipped). Categorical: `categories` are the
-    allowed cells. `missing` lists cells that mean "not measured". A record is written out as a sentence
+    allowed cells, the first of them the reference. `missing` lists cells that mean "not measured". A record is written out as a sentence
     from each column's `phrase` (with `{value}`, or `{word}` for the cut-off's word), a category's entry
     in `words`, or, for a blank cell, `blank`.
     """
@@ -83,7 +83,8 @@ class TableTaskConfig:
     # Name -> ColumnConfig. Typed Any for Hydra: OmegaConf makes values of a frozen class read-only.
     columns: dict[str, Any] = field(default_factory=dict)
     separator: str = ", "
-    # What a blank cell does: "indicator" (kept, marked as blank) or "drop" (the record is left out).
+    # What an empty cell does: "indicator" (the record is kept, the cell marked as blank) or "drop" (the
+    # record is left out). A cell that a column lists as `missing` is always marked.
     blanks: str = "indicator"
     # "declared": only what is written here; "from_data": ranges, categories and sizes are read from the
     # table, which is a function of its records: public data only, and NOT PRIVATE.
@@ -203,21 +204,25 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpConfig:
-    """Differential privacy of the training: a target epsilon, or a noise multiplier."""
+class PrivacyConfig:
+    """Differential privacy of the training: a target epsilon, or a noise multiplier.
+
+    Kind `off`: no clipping and no noise, NOT PRIVATE; only `records_per_patient` then matters.
+    """
 
     kind: str = "dp"
     epsilon: float | None = 3.0
     noise_multiplier: float | None = None
     # None: 1e-4 for a public benchmark, else min(1e-5, 1 / (10 x declared size)).
     delta: float | None = None
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 0.5
     records_per_patient: int = 1
     min_declared_size: int = 20
     # Reproducible sampling and noise: NOT PRIVATE, and said wherever an epsilon would stand.
     seeded: bool = False
 
     def __post_init__(self) -> None:
+        require(self.kind in ("dp", "off"), "privacy.kind", self.kind, "dp or off")
         require(
             (self.epsilon is None) != (self.noise_multiplier is None),
             "privacy.epsilon/noise_multiplier",
@@ -230,18 +235,6 @@ class DpConfig:
         require(self.delta is None or 0 < self.delta < 1, "privacy.delta", self.delta, "between 0 and 1")
         require(self.records_per_patient >= 1, "privacy.records_per_patient", self.records_per_patient, ">= 1")
         require(self.min_declared_size >= 1, "privacy.min_declared_size", self.min_declared_size, ">= 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoPrivacyConfig:
-    """No clipping and no noise: NOT PRIVATE."""
-
-    kind: str = "off"
-    # One draw of records per patient and step, as under privacy, so that runs compare.
-    records_per_patient: int = 1
-
-    def __post_init__(self) -> None:
-        require(self.records_per_patient >= 1, "privacy.records_per_patient", self.records_per_patient, ">= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,7 +278,7 @@ class FederationConfig:
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
-        require(self.kind in ("local", "flower"), "federation.kind", self.kind, "local or flower")
+        require(self.kind == "local", "federation.kind", self.kind, "local")
         require(self.workers >= 0, "federation.workers", self.workers, ">= 0")
         require(0 < self.quorum <= 1, "federation.quorum", self.quorum, "0 < quorum <= 1")
         require(self.timeout > 0, "federation.timeout", self.timeout, "> 0 seconds")
@@ -311,7 +304,8 @@ class TrainingConfig:
     # Probability with which each patient enters a step (Poisson sampling).
     sample_rate: float = 1.0
     optimizer: str = "sgd"
-    learning_rate: float = 0.5
+    # null: the default of the adapter.
+    learning_rate: float | None = None
     momentum: float = 0.0
     weight_decay: float = 0.0
     # Records in memory at once; larger batches are split without changing the result.
@@ -321,7 +315,9 @@ class TrainingConfig:
         require(self.steps_per_round >= 1, "training.steps_per_round", self.steps_per_round, ">= 1")
         require(0 < self.sample_rate <= 1, "training.sample_rate", self.sample_rate, "0 < rate <= 1")
         require(self.optimizer in ("sgd", "adam"), "training.optimizer", self.optimizer, "sgd or adam")
-        require(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "> 0")
+        require(
+            self.learning_rate is None or self.learning_rate > 0, "training.learning_rate", self.learning_rate, "> 0"
+        )
         require(0 <= self.momentum < 1, "training.momentum", self.momentum, "0 <= momentum < 1")
         require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, ">= 0")
         require(self.physical_batch_size >= 1, "training.physical_batch_size", self.physical_batch_size, ">= 1")
@@ -363,6 +359,11 @@ class RunConfig:
                 self.adapter.kind,
                 "head or full: a tabular model has no transformer blocks",
             )
+        if self.training.learning_rate is None:
+            rates = ADAM_RATES if self.training.optimizer == "adam" else SGD_RATES
+            linear = self.adapter.kind == "head" or (self.model.kind == "tabular" and not self.model.hidden)
+            rate = rates["head" if linear else self.adapter.kind]
+            object.__setattr__(self, "training", dataclasses.replace(self.training, learning_rate=rate))
         require(
             self.strategy.average_last <= self.rounds,
             "strategy.average_last",
@@ -386,15 +387,19 @@ class RunConfig:
         return None
 
 
+# Default learning rates by adapter; a head on features of norm 1 takes long steps.
+SGD_RATES = {"head": 2.0, "lora": 0.2, "ffa_lora": 0.2, "full": 0.05}
+ADAM_RATES = {"head": 0.05, "lora": 1e-3, "ffa_lora": 1e-3, "full": 1e-4}
+
 OPTIONS: dict[str, dict[str, type]] = {
     "task": {"table": TableTaskConfig},
     "model": {"text": TextModelConfig, "tabular": TabularModelConfig},
     "adapter": {kind: AdapterConfig for kind in ("head", "lora", "ffa_lora", "full")},
-    "privacy": {"dp": DpConfig, "off": NoPrivacyConfig},
+    "privacy": {"dp": PrivacyConfig, "off": PrivacyConfig},
     "strategy": {
         kind: StrategyConfig for kind in ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
     },
-    "federation": {kind: FederationConfig for kind in ("local", "flower")},
+    "federation": {"local": FederationConfig},
     "tracking": {kind: TrackingConfig for kind in ("mlflow", "none")},
 }
 

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from fedmed.config import (
     AdapterConfig,
-    DpConfig,
-    NoPrivacyConfig,
+    PrivacyConfig,
     RunConfig,
     TableTaskConfig,
     TabularModelConfig,
@@ -47,7 +46,7 @@ class Instruction:
     task: TableTaskConfig
     model: TextModelConfig | TabularModelConfig
     adapter: AdapterConfig
-    privacy: DpConfig | NoPrivacyConfig
+    privacy: PrivacyConfig
     training: TrainingConfig
     # One plan a site, by the site's name.
     plans: dict[str, PrivacyPlan]

@@ -7,9 +7,13 @@ with a reason code; no message holds a cell's value.
 
 import hashlib
 import importlib.resources
+import io
+import re
 from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,37 +24,85 @@ from fedmed.data.dataset import Manifest, SiteDataset
 from fedmed.data.split import hash_split, shuffle_split, site_key
 from fedmed.errors import DataError, nearest
 
-READER = "table/1"
+READER = "table/2"
+
+# What programs write for "no value".
+BLANK_WORDS = frozenset({"na", "n/a", "#n/a", "<na>", "nan", "null", "none"})
+# The indicator of a blank cell: as wide as a numeric column's range from -1 to 1.
+BLANK = 2.0
+# How often a column of a synthetic record is blank, where a blank has a phrase.
+SYNTHETIC_BLANKS = 0.15
 
 
 def locate(path: str) -> Path:
     """The file that a `task.path` names; `pkg://package/file` is inside an installed package."""
-    if path.startswith("pkg://"):
-        package, _, name = path.removeprefix("pkg://").partition("/")
+    if not path.startswith("pkg://"):
+        return Path(path).expanduser()
+    package, _, name = path.removeprefix("pkg://").partition("/")
+    try:
         return Path(str(importlib.resources.files(package).joinpath(name)))
-    return Path(path).expanduser()
+    except (ImportError, TypeError, ValueError):
+        raise DataError(f"task.path={path}: no installed package '{package}'") from None
 
 
 def read_csv(path: str) -> tuple[pd.DataFrame, str]:
-    """All cells as text (blank: missing) and the file's sha256.
+    """All cells as text without surrounding blanks (an empty one: missing) and the file's sha256.
+
+    A column without a name (an index that a program wrote) is left out.
 
     Raises:
         DataError: no such file, not readable, empty, or not a table.
     """
-    file = locate(path)
-    if not file.is_file():
-        raise DataError(f"task.path={path}: no such file")
     try:
-        content = file.read_bytes()
-        table = pd.read_csv(file, dtype=str, skipinitialspace=True, encoding="utf-8-sig")
+        content = locate(path).read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"task.path={path}: no such file") from None
+    except IsADirectoryError:
+        raise DataError(f"task.path={path}: a folder; expected a CSV file") from None
     except PermissionError:
         raise DataError(f"task.path={path}: no permission to read it") from None
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError):
-        # The parser's own message quotes cells.
-        raise DataError(f"task.path={path}: not a comma-separated table in UTF-8 with a header line") from None
+    except (OSError, RuntimeError, ValueError):
+        raise DataError(f"task.path={path}: cannot be read") from None
+    table = _parse_csv(path, content)
+    if len(table.columns) == 1 and (found := next((c for c in ";\t|" if c in table.columns[0]), None)):
+        raise DataError(f"task.path={path}: its header is separated by {found!r}; expected commas")
+    twice = table.columns[table.columns.duplicated()]
+    if len(twice):
+        raise DataError(f"task.path={path}: {len(twice)} column name(s) stand twice in the header")
     if table.empty:
         raise DataError(f"task.path={path}: a header and no record")
     return table, hashlib.sha256(content).hexdigest()
+
+
+def _parse_csv(path: str, content: bytes) -> pd.DataFrame:
+    # Without header=None, pandas renames a repeated column and takes surplus cells for row names.
+    options: dict[str, Any] = {
+        "header": None,
+        "dtype": str,
+        "keep_default_na": False,
+        "skipinitialspace": True,
+    }
+    try:
+        cells = pd.read_csv(io.BytesIO(content), encoding="utf-8-sig", **options)
+    except pd.errors.EmptyDataError:
+        raise DataError(f"task.path={path}: an empty file; expected a header line and records") from None
+    except UnicodeDecodeError:
+        raise DataError(f"task.path={path}: not text in UTF-8; save the table as CSV in UTF-8") from None
+    except pd.errors.ParserError as error:
+        # The parser's message is not shown: it may quote a cell. Its line number may be.
+        line = re.search(r"fields in line (\d+)", str(error))
+        expected = f"line {line[1]} has more cells than the header" if line else "a quote is never closed"
+        raise DataError(f"task.path={path}: not a comma-separated table: {expected}") from None
+    cells = cells.apply(lambda column: column.str.strip())
+    table = cells.iloc[1:].mask(cells.iloc[1:] == "").reset_index(drop=True)
+    table.columns = pd.Index(cells.iloc[0].tolist())
+    return table.loc[:, table.columns != ""]
+
+
+def blank_cells(cells: pd.Series, *, declared: Collection[str] = ()) -> NDArray[np.bool_]:
+    """Which cells are empty or say so in one of `BLANK_WORDS`, unless that word is a declared value."""
+    words = cells.str.casefold().isin(BLANK_WORDS) & ~cells.isin(list(declared))
+    return (cells.isna() | words).to_numpy(dtype=bool)
 
 
 @dataclass(frozen=True)
@@ -82,23 +134,25 @@ def read_site(task: TableTaskConfig, site: str, *, seed: int) -> SiteDataset:
         reasons[reason] += int((mask & usable).sum())
         usable[mask] = False
 
-    labels = rows[task.label].str.strip()
-    refuse(labels.isna().to_numpy(), "label-blank")
+    labels = rows[task.label]
+    refuse(blank_cells(labels, declared=[*task.positive, *task.negative]), "label-blank")
     refuse(~labels.isin([*task.positive, *task.negative]).to_numpy(), "label-not-declared")
     if task.patient_column:
-        refuse(rows[task.patient_column].isna().to_numpy(), "patient-id-missing")
+        refuse(blank_cells(rows[task.patient_column]), "patient-id-missing")
     columns = {name: _parse(name, column, rows[name]) for name, column in task.columns.items()}
     for name, parsed in columns.items():
         refuse(parsed.refused, f"{name}: {_refusal(task.columns[name])}")
         if task.blanks == "drop":
-            refuse(parsed.blank, f"{name}: blank")
+            refuse(rows[name].isna().to_numpy(dtype=bool), f"{name}: blank")
     reasons = Counter({reason: count for reason, count in reasons.items() if count})
     if not usable.any():
         listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "no row names it"
-        raise DataError(f"site '{site}' has no usable record ({listed}); check task.site_column and the declaration")
+        raise DataError(
+            f"site '{site}' has no usable record ({listed}); check task.site_column and the declaration"
+        )
 
     keep = np.flatnonzero(usable)
-    ids = rows[task.patient_column].iloc[keep].tolist() if task.patient_column else [str(row) for row in keep]
+    ids = (rows[task.patient_column] if task.patient_column else _record_ids(rows)).iloc[keep].tolist()
     names = list(dict.fromkeys(ids))
     codes = {name: code for code, name in enumerate(names)}
     patients = np.array([codes[name] for name in ids], dtype=np.int64)
@@ -108,16 +162,18 @@ def read_site(task: TableTaskConfig, site: str, *, seed: int) -> SiteDataset:
         held_out = shuffle_split(len(names), fraction=task.test_fraction, seed=seed)
     positive = labels.iloc[keep].isin(task.positive).to_numpy()
     test = held_out[patients]
-    warnings = [f"{part} part has one class" for part, mask in (("training", ~test), ("test", test))
-                if mask.any() and len(set(positive[mask])) == 1]  # fmt: skip
+    warnings = []
     for part, mask in (("training", ~test), ("test", test)):
+        if len(set(positive[mask])) == 1:
+            warnings.append(f"{part} part has one class")
         if not mask.any():
-            raise DataError(f"site '{site}' has no {part} record; it has {len(names)} usable {task.unit}s in all")
+            raise DataError(
+                f"site '{site}' has no {part} record; it has {len(names)} usable {task.unit}s in all"
+            )
     return SiteDataset(
         site=site,
         features=_features(task, columns, keep),
-        texts=[task.separator.join(filter(None, words)) + "."
-               for words in zip(*([c.phrases[i] for i in keep] for c in columns.values()), strict=True)],  # fmt: skip
+        texts=[_sentence(task, (column.phrases[row] for column in columns.values())) for row in keep],
         labels=positive.astype(np.float32),
         patients=patients,
         test=test,
@@ -133,6 +189,15 @@ def read_site(task: TableTaskConfig, site: str, *, seed: int) -> SiteDataset:
     )
 
 
+def _record_ids(rows: pd.DataFrame) -> pd.Series:
+    """An id for each record from its own cells, so that removing another record moves nobody.
+
+    A row's number would do so. Equal records are numbered: which of them goes makes no difference.
+    """
+    texts = rows.fillna("").agg("\x1f".join, axis=1) if len(rows) else pd.Series(dtype=str)
+    return texts + "\x1f" + texts.groupby(texts).cumcount().astype(str)
+
+
 def sites_in(task: TableTaskConfig) -> Counter[str]:
     """Rows per value of the site column; blank ones under ''."""
     table, _ = read_csv(task.path or "")
@@ -144,8 +209,10 @@ def feature_names(task: TableTaskConfig) -> list[str]:
     """The names of `SiteDataset.features`' columns, in order."""
     names = []
     for name, column in task.columns.items():
-        names += [name] if column.kind == "numeric" else [f"{name}={value}" for value in column.categories]
-        if task.blanks == "indicator":
+        names += (
+            [name] if column.kind == "numeric" else [f"{name}={value}" for value in column.categories[1:]]
+        )
+        if _has_indicator(task, column):
             names.append(f"{name} blank")
     return names
 
@@ -154,54 +221,88 @@ def synthetic_sentences(task: TableTaskConfig, count: int) -> list[str]:
     """Sentences drawn from the declaration alone: a public constant, the same at every site.
 
     Each column is drawn uniformly from its range or categories; one that declares a phrase for blanks is
-    blank with probability 0.2.
+    blank with probability `SYNTHETIC_BLANKS`.
     """
     draws = np.random.default_rng(0)
     sentences = []
     for _ in range(count):
         words = []
         for name, column in task.columns.items():
-            blank = draws.random() < 0.2
+            blank = draws.random() < SYNTHETIC_BLANKS
             if column.kind == "numeric":
-                assert column.low is not None and column.high is not None
-                words.append(_numeric_phrase(name, column, draws.uniform(column.low, column.high)))
+                words.append(_numeric_phrase(name, column, draws.uniform(*_bounds(column))))
             else:
                 category = column.categories[int(draws.integers(len(column.categories)))]
                 words.append(_category_phrase(name, column, category))
             if blank and column.blank:
                 words[-1] = column.blank
-        sentences.append(task.separator.join(filter(None, words)) + ".")
+        sentences.append(_sentence(task, words))
     return sentences
 
 
 def _check_columns(task: TableTaskConfig, table: pd.DataFrame) -> None:
-    present = list(table.columns)
-    roles = {"task.site_column": task.site_column, "task.label": task.label, "task.patient_column": task.patient_column}
+    roles = {"task.site_column": task.site_column, "task.label": task.label}
+    if task.patient_column is not None:
+        roles["task.patient_column"] = task.patient_column
     for key, name in roles.items():
-        if name is not None and name not in present:
-            raise DataError(f"{key}={name}: the table has no such column; {nearest(name, present)}")
+        if name not in table.columns:
+            raise DataError(f"{key}={name}: the table has no such column; {_hint(name, table)}")
     for name in task.columns:
-        if name not in present:
-            raise DataError(f"task.columns.{name}: the table has no such column; {nearest(name, present)}")
+        if name not in table.columns:
+            raise DataError(f"task.columns.{name}: the table has no such column; {_hint(name, table)}")
+        if name in (task.label, task.patient_column):
+            raise DataError(
+                f"task.columns.{name}: is the label or the patient's id; a model must not read it"
+            )
     if not task.columns:
         raise DataError("task.columns: none declared; propose them with: fedmed task describe FILE")
 
 
+def _hint(name: str, table: pd.DataFrame) -> str:
+    """The nearest column, unless the first line may be a record: then its cells must not be shown."""
+    return nearest(name, table.columns) if has_header(table) else "is the first line of the file its header?"
+
+
+def has_header(table: pd.DataFrame) -> bool:
+    """False where a column's name is a number, or also stands in a cell below it."""
+    return not any(
+        pd.notna(pd.to_numeric(name, errors="coerce")) or (table[name] == name).any()
+        for name in table.columns
+    )
+
+
+def _bounds(column: ColumnConfig) -> tuple[float, float]:
+    # For the type checker: a numeric ColumnConfig without both does not come into being.
+    assert column.low is not None
+    assert column.high is not None
+    return column.low, column.high
+
+
+def numbers_in(cells: pd.Series) -> NDArray[np.float64]:
+    """Each cell's number, NaN where it is none."""
+    return pd.to_numeric(cells, errors="coerce").to_numpy(dtype=np.float64)
+
+
 def _parse(name: str, column: ColumnConfig, cells: pd.Series) -> _Column:
-    text = cells.str.strip()
-    blank = (text.isna() | text.isin(["", *column.missing])).to_numpy(dtype=bool)
+    blank = blank_cells(cells, declared=column.categories) | cells.isin(column.missing).to_numpy(dtype=bool)
     if column.kind == "numeric":
-        assert column.low is not None and column.high is not None
-        numbers = pd.to_numeric(text.where(~blank), errors="coerce").to_numpy(dtype=np.float64)
-        refused = ~blank & ~np.isfinite(numbers)
-        clipped = np.clip(np.where(np.isfinite(numbers), numbers, column.low), column.low, column.high)
-        scaled = 2 * (clipped - column.low) / (column.high - column.low) - 1
-        values = np.where(blank, 0.0, scaled)[:, None].astype(np.float32)
-        phrases = [column.blank if b else _numeric_phrase(name, column, v) for b, v in zip(blank, clipped, strict=True)]
+        low, high = _bounds(column)
+        numbers = numbers_in(cells)
+        # A cell of 0.0 is as missing as one of 0.
+        blank |= np.isin(numbers, numbers_in(pd.Series(column.missing, dtype=str)))
+        finite = np.isfinite(numbers)
+        refused = ~blank & ~finite
+        clipped = np.clip(np.where(finite, numbers, low), low, high)
+        values = np.where(blank, 0.0, 2 * (clipped - low) / (high - low) - 1)[:, None].astype(np.float32)
+        written = [_numeric_phrase(name, column, value) for value in clipped]
     else:
-        refused = ~blank & ~text.isin(column.categories).to_numpy(dtype=bool)
-        values = np.stack([(text == value).to_numpy(dtype=np.float32) for value in column.categories], axis=1)
-        phrases = [column.blank if b else _category_phrase(name, column, str(v)) for b, v in zip(blank, text, strict=True)]
+        refused = ~blank & ~cells.isin(column.categories).to_numpy(dtype=bool)
+        values = np.stack(
+            [(cells == value).to_numpy(dtype=np.float32) for value in column.categories], axis=1
+        )
+        values[blank] = 0.0
+        written = [_category_phrase(name, column, str(cell)) for cell in cells]
+    phrases = [column.blank if empty else phrase for empty, phrase in zip(blank, written, strict=True)]
     return _Column(values, phrases, blank, refused)
 
 
@@ -213,18 +314,31 @@ def _features(
     task: TableTaskConfig, columns: dict[str, _Column], keep: NDArray[np.int64]
 ) -> NDArray[np.float32]:
     parts = []
-    for parsed in columns.values():
+    for name, parsed in columns.items():
         parts.append(parsed.values[keep])
-        if task.blanks == "indicator":
-            parts.append(parsed.blank[keep, None].astype(np.float32))
-    # Half: a record's features then have a norm near 1, the default clipping norm.
-    return (0.5 * np.concatenate(parts, axis=1)).astype(np.float32)
+        if _has_indicator(task, task.columns[name]):
+            parts.append(BLANK * parsed.blank[keep, None].astype(np.float32))
+    return np.concatenate(parts, axis=1)
+
+
+def _has_indicator(task: TableTaskConfig, column: ColumnConfig) -> bool:
+    return task.blanks == "indicator" or bool(column.missing)
+
+
+def _sentence(task: TableTaskConfig, phrases: Iterable[str]) -> str:
+    return task.separator.join(filter(None, phrases)) + "."
 
 
 def _numeric_phrase(name: str, column: ColumnConfig, value: float) -> str:
-    word = column.cutoff_words[int(np.searchsorted(column.cutoffs, value, side="right"))] if column.cutoff_words else ""
-    return (column.phrase or f"{name} {{value}}").format(value=f"{value:.{column.decimals}f}", word=word)
+    place = int(np.searchsorted(column.cutoffs, value, side="right"))
+    word = column.cutoff_words[place] if column.cutoff_words else ""
+    return _template(name, column).format(value=f"{value:.{column.decimals}f}", word=word)
 
 
 def _category_phrase(name: str, column: ColumnConfig, category: str) -> str:
-    return column.words.get(category, (column.phrase or f"{name} {{value}}").format(value=category, word=category))
+    return column.words.get(category, _template(name, column).format(value=category, word=category))
+
+
+def _template(name: str, column: ColumnConfig) -> str:
+    """The column's phrase; a brace in a column's name is only a brace."""
+    return column.phrase or name.replace("{", "{{").replace("}", "}}") + " {value}"

@@ -31,6 +31,9 @@ def add_adapter(encoder: nn.Module, adapter: AdapterConfig, *, seed: int) -> nn.
     if adapter.kind == "head":
         return encoder
     if adapter.kind == "full":
+        # Registers the rules that Opacus lacks; imported here, since it loads transformers' models.
+        import fedmed.models.grad_samplers  # noqa: F401
+
         for name, parameter in encoder.named_parameters():
             # The pooler's output is not used; an embedding table's gradient per sample is huge.
             trained = "pooler" not in name and (adapter.embeddings or "embeddings." not in name)

@@ -24,6 +24,11 @@ def _build(task_json: str, model_json: str, adapter_json: str, seed: int) -> Cla
     task = parse("task", json.loads(task_json))
     model = parse("model", json.loads(model_json))
     adapter = parse("adapter", json.loads(adapter_json))
-    if model.kind == "tabular":
-        return TabularClassifier(task, model, seed=seed)
-    return TextClassifier(task, model, adapter, seed=seed)
+    built: Classifier = (
+        TabularClassifier(task, model, seed=seed)
+        if model.kind == "tabular"
+        else TextClassifier(task, model, adapter, seed=seed)
+    )
+    # Training changes the adapter in place; a run starts from these copies.
+    built.initial = {name: p.detach().numpy().copy() for name, p in built.adapter().items()}
+    return built

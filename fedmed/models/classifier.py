@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedmed.config import AdapterConfig, TableTaskConfig, TabularModelConfig, TextModelConfig
@@ -26,6 +27,8 @@ class Classifier(nn.Module):
     """What training, evaluation and export need to know about a network."""
 
     head: nn.Linear
+    # The adapter as it was built: where every run starts.
+    initial: dict[str, NDArray[np.float32]]
 
     def prepare(self, data: SiteDataset) -> Batch:
         """A site's records as named tensors, first dimension records: everything that is computed once."""

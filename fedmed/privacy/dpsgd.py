@@ -4,6 +4,7 @@ Opacus computes per-record gradients and steps the optimizer; here a patient's g
 before Opacus clips, and the noise comes from the site's own source.
 """
 
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -14,6 +15,10 @@ from torch import Tensor, nn
 from fedmed.errors import PrivacyError
 from fedmed.privacy.plan import PrivacyPlan
 from fedmed.privacy.randomness import RandomSource
+
+
+# The head's input needs no gradient, which is what the cache is for; the hook's result is right all the same.
+warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
 
 
 class PatientOptimizer(DPOptimizer):

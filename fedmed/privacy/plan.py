@@ -107,7 +107,7 @@ def make_plan(config: RunConfig, site: str) -> PrivacyPlan:
         declared_size=size,
         sample_rate=training.sample_rate,
         records_per_patient=privacy.records_per_patient,
-        max_grad_norm=privacy.max_grad_norm if privacy.kind == "dp" else 1.0,
+        max_grad_norm=privacy.max_grad_norm,
         noise_multiplier=0.0,
         steps_per_round=training.steps_per_round,
         rounds=config.rounds,
@@ -126,7 +126,6 @@ def make_plan(config: RunConfig, site: str) -> PrivacyPlan:
 
 
 def _delta(config: RunConfig, declared_size: int) -> float:
-    declared = getattr(config.privacy, "delta", None)
-    if declared is not None:
-        return float(declared)
+    if config.privacy.delta is not None:
+        return float(config.privacy.delta)
     return 1e-4 if config.task.public_benchmark else min(1e-5, 1 / (10 * declared_size))

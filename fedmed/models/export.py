@@ -1,0 +1,70 @@
+"""A finished adapter on disk: PEFT for the LoRA kinds, safetensors and JSON for the others, and its card."""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from safetensors.numpy import save
+from safetensors.torch import save as save_torch
+
+from fedmed.atomic import write_bytes, write_json
+from fedmed.config import RunConfig, to_dict
+from fedmed.data.table import feature_names, synthetic_sentences
+from fedmed.models.classifier import Classifier, TextClassifier
+from fedmed.privacy.accounting import round_up
+from fedmed.training import Arrays, set_adapter
+
+
+def export(model: Classifier, arrays: Arrays, config: RunConfig, folder: Path) -> None:
+    """Write the adapter under `folder`.
+
+    LoRA kinds: a PEFT adapter (`adapter_model.safetensors`, `adapter_config.json`) and `head.safetensors`
+    with the head on the encoder's plain pooled output, so that nothing of fedmed is needed to use it.
+    Others: `adapter.safetensors` by parameter name. All: `adapter.json` with what it belongs to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    set_adapter(model, arrays)
+    described: dict[str, Any] = {
+        "fedmed": version("fedmed"),
+        "task": to_dict(config.task),
+        "model": to_dict(config.model),
+        "adapter": to_dict(config.adapter),
+        "seed": config.seed,
+    }
+    if isinstance(model, TextClassifier):
+        weight, bias = model.plain_head()
+        head = {"weight": weight.contiguous(), "bias": bias.contiguous()}
+        write_bytes(folder / "head.safetensors", save_torch(head))
+        described["head"] = "logit = weight @ pooled + bias, on the encoder's plain pooled output"
+    else:
+        described["features"] = feature_names(config.task)
+    if config.adapter.kind in ("lora", "ffa_lora"):
+        assert isinstance(model, TextClassifier)
+        peft: Any = model.encoder
+        # The folder of this machine is nobody else's base model.
+        peft.peft_config["default"].base_model_name_or_path = None
+        peft.save_pretrained(folder, safe_serialization=True)
+        # PEFT writes a card of placeholders; the run's own card says what is known.
+        (folder / "README.md").unlink(missing_ok=True)
+    else:
+        contiguous = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
+        write_bytes(folder / "adapter.safetensors", save(contiguous))
+    write_json(folder / "adapter.json", described)
+
+
+def write_card(summary: dict[str, Any], config: RunConfig, path: Path) -> None:
+    """The model card: what it is, what it was trained on, what it cost in privacy, how to use it."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("fedmed.models", "."), trim_blocks=True, lstrip_blocks=True, autoescape=False
+    )
+    environment.filters["epsilon"] = lambda value: f"{round_up(value):.2f}"
+    environment.filters["figure"] = lambda value: "one class" if value is None else f"{value:.3f}"
+    text = environment.get_template("card.md.j2").render(
+        summary=summary,
+        config=config,
+        lora="lora" in config.adapter.kind,
+        example=synthetic_sentences(config.task, 1)[0],
+    )
+    write_bytes(path, text.encode())

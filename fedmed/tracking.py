@@ -1,0 +1,126 @@
+"""Where a run's figures go besides its folder. MLflow is imported when used."""
+
+import importlib.util
+import logging
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedmed.config import RunConfig, TrackingConfig, to_dict
+from fedmed.errors import ConfigError
+
+
+class Tracker(Protocol):
+    """Receives what a run reports. Nothing here may hold a record's value."""
+
+    def start(self, config: RunConfig, folder: Path) -> dict[str, str] | None:
+        """Open (or continue) the run; where it can be looked at."""
+        ...
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Log a round's figures."""
+        ...
+
+    def finish(self, folder: Path, *, ok: bool) -> None:
+        """Log the folder's files and close the run."""
+        ...
+
+
+class NoTracker:
+    """Tracks nothing: the run folder holds everything."""
+
+    def start(self, config: RunConfig, folder: Path) -> None:
+        del config, folder
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        del metrics, step
+
+    def finish(self, folder: Path, *, ok: bool) -> None:
+        del folder, ok
+
+
+class MlflowTracker:
+    """An MLflow run, continued by `resume` under the same id."""
+
+    def __init__(self, config: TrackingConfig) -> None:
+        self._config = config
+        self._client: Any = None
+        self._run_id = ""
+
+    def start(self, config: RunConfig, folder: Path) -> dict[str, str]:
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        try:
+            self._client = MlflowClient(tracking_uri=self._config.uri)
+            self._client.search_experiments(max_results=1)
+        except (MlflowException, OSError) as error:
+            raise ConfigError(
+                f"tracking.uri={self._config.uri}: MLflow cannot open it ({type(error).__name__}); expected e.g. "
+                "sqlite:///mlruns.db or http://127.0.0.1:5000"
+            ) from None
+        saved = folder / "mlflow_run_id"
+        if saved.exists():
+            self._run_id = saved.read_text().strip()
+            self._client.update_run(self._run_id, status="RUNNING")
+        else:
+            self._run_id = self._create(config)
+            saved.write_text(self._run_id + "\n")
+        return {"uri": self._config.uri, "run_id": self._run_id}
+
+    def _create(self, config: RunConfig) -> str:
+        experiment = self._client.get_experiment_by_name(self._config.experiment)
+        if experiment is None:
+            root = Path("mlartifacts").resolve().as_uri() if self._config.uri.startswith("sqlite") else None
+            experiment_id = self._client.create_experiment(self._config.experiment, artifact_location=root)
+        else:
+            experiment_id = experiment.experiment_id
+        run = self._client.create_run(experiment_id, run_name=config.name)
+        from mlflow.entities import Param
+
+        # Declared columns are in config.json; as parameters they would fill pages.
+        flat = [(key, value) for key, value in _flat(to_dict(config)) if not key.startswith("task.columns.")]
+        params = [Param(key, str(value)[:500]) for key, value in flat]
+        for start in range(0, len(params), 100):
+            self._client.log_batch(run.info.run_id, params=params[start : start + 100])
+        reason = config.not_private_reason()
+        self._client.set_tag(run.info.run_id, "privacy", f"NOT PRIVATE ({reason})" if reason else "private")
+        return str(run.info.run_id)
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        values = [Metric(key, value, now, step) for key, value in metrics.items()]
+        self._client.log_batch(self._run_id, metrics=values)
+
+    def finish(self, folder: Path, *, ok: bool) -> None:
+        if not self._run_id:
+            return
+        for file in sorted(folder.rglob("*")):
+            if file.is_file() and file.name not in ("checkpoint.safetensors", "mlflow_run_id"):
+                self._client.log_artifact(self._run_id, str(file), str(file.parent.relative_to(folder)))
+        self._client.set_terminated(self._run_id, status="FINISHED" if ok else "FAILED")
+
+
+def check(config: TrackingConfig) -> None:
+    """Raise `ConfigError` where MLflow is asked for and not installed."""
+    if config.kind == "mlflow" and importlib.util.find_spec("mlflow") is None:
+        raise ConfigError(
+            "tracking=mlflow: MLflow is not installed; run: pip install 'fedmed[coordinator]', or set tracking=none"
+        )
+
+
+def make_tracker(config: TrackingConfig) -> Tracker:
+    """The tracker that a configuration names."""
+    check(config)
+    return MlflowTracker(config) if config.kind == "mlflow" else NoTracker()
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        pairs += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+    return pairs

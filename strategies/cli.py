@@ -1,0 +1,147 @@
+"""`fedmed run` and `fedmed plan`. Heavy imports wait until every setting has been checked."""
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from fedmed.config import RunConfig
+
+CLIENT_APP = "clients.client_app:app"
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings, in Hydra's grammar.", show_default=False),
+]
+
+RUN_HELP = """Run a federation on this machine.
+
+A setting is KEY=VALUE: a group's option (task, model, adapter, privacy, strategy, federation, tracking,
+experiment) or a single value.
+
+\b
+Examples:
+  fedmed run                                    heart disease, MiniLM, head, epsilon 3
+  fedmed run experiment=demo                    the demo, every choice in one file
+  fedmed run adapter=lora privacy.epsilon=1 strategy=fedadam rounds=20
+  fedmed run privacy=off tracking=none          NOT PRIVATE, no MLflow
+  fedmed run -m privacy.epsilon=1,3,8 seed=0,1  six runs, all checked before the first starts
+  fedmed run task=csv task.declaration=mine.yaml
+  fedmed run resume=runs/20261121-101500-run    go on after the last finished round
+"""
+
+PLAN_HELP = """Show what a run would cost, and train nothing.
+
+Epsilon, noise and steps of each site; bytes a round; seconds a step, measured here on made-up records.
+
+\b
+Examples:
+  fedmed plan privacy.epsilon=1 rounds=30
+  fedmed plan experiment=demo --json
+"""
+
+
+def add_commands(root: typer.Typer) -> None:
+    """Add this side's commands to the root command."""
+    settings = {"ignore_unknown_options": False}
+    root.command("run", help=RUN_HELP, context_settings=settings)(run)
+    root.command("plan", help=PLAN_HELP, context_settings=settings)(plan)
+
+
+def run(
+    overrides: Overrides = None,
+    multirun: Annotated[bool, typer.Option("-m", "--multirun", help="Sweep over comma-separated values.")] = False,
+) -> None:
+    """Compose, check, run."""
+    from fedmed.compose import compose, compose_sweep
+
+    texts = list(overrides or [])
+    if not multirun:
+        config = compose(texts)
+        _check(config)
+        _run_local(config, texts)
+        return
+    jobs = compose_sweep(texts)
+    for _, config in jobs:
+        _check(config)
+    from strategies.sweep import run_sweep
+
+    run_sweep(jobs, _run_local)
+
+
+def plan(
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Compose, check, forecast."""
+    from fedmed.compose import compose
+
+    config = compose(list(overrides or []))
+    _check(config)
+    from strategies.forecast import forecast
+
+    values = forecast(config)
+    if as_json:
+        print(json.dumps(values, indent=2))
+    else:
+        from strategies.console import print_forecast
+
+        print_forecast(values)
+
+
+def _check(config: "RunConfig") -> None:
+    """Everything that can be wrong with a run on this machine, before torch is loaded."""
+    from fedmed.data.table import read_site, sites_in
+    from fedmed.errors import ConfigError
+    from fedmed.models.loading import check_digest, locate
+    from fedmed.privacy.plan import make_plan
+    from fedmed.tracking import check
+
+    check(config.tracking)
+    if config.run_dir and not config.resume and (Path(config.run_dir) / "config.json").exists():
+        raise ConfigError(
+            f"run_dir={config.run_dir}: holds a run already; continue it with: fedmed run resume={config.run_dir}"
+        )
+    if not config.task.declared_sizes:
+        present = ", ".join(repr(site) for site in sorted(sites_in(config.task)) if site)
+        raise ConfigError(
+            f"task.declared_sizes: none declared; the table's sites are {present}; declare a public number of "
+            f"{config.task.unit}s for each, e.g. 'task.declared_sizes={{A: 100, B: 80}}'"
+        )
+    if config.model.kind == "text":
+        check_digest(config.model, locate(config.model))
+    for site in config.task.declared_sizes:
+        make_plan(config, site)
+        data = read_site(config.task, site, seed=config.seed)
+        for warning in data.manifest.warnings:
+            print(f"warning: site '{site}': {warning}", file=sys.stderr)
+        for reason, count in data.manifest.quarantined.items():
+            print(f"warning: site '{site}': {count} record(s) left out: {reason}", file=sys.stderr)
+    undeclared = {site: rows for site, rows in sites_in(config.task).items() if site not in config.task.declared_sizes}
+    if undeclared:
+        total = sum(undeclared.values())
+        print(f"warning: {total} record(s) left out: their site is not in task.declared_sizes", file=sys.stderr)
+
+
+def _run_local(config: "RunConfig", overrides: list[str]) -> None:
+    """Run the two apps in this process and in workers forked from it."""
+    # Read when torch is imported: one thread a process, or the processes fight over the cores.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    print("loading torch …", file=sys.stderr, flush=True)
+    from fedmed.flower import load_object, run_in_process
+    from strategies.server_app import app
+
+    sites = len(config.task.declared_sizes)
+    workers = config.federation.workers or min(os.cpu_count() or 1, sites)
+    run_in_process(
+        app,
+        load_object(CLIENT_APP),
+        nodes=sites,
+        workers=workers,
+        run_config={"overrides": shlex.join(overrides)},
+    )

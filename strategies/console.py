@@ -1,0 +1,152 @@
+"""What a person sees of a run: live progress, then a table."""
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fedmed.privacy.accounting import round_up
+
+
+class RunConsole:
+    """Prints progress: a live bar on a terminal, one line a round elsewhere."""
+
+    def __init__(self) -> None:
+        self._console = Console(highlight=False)
+        self._bar: Progress | None = None
+        self._task: Any = None
+
+    def say(self, text: str, style: str = "") -> None:
+        """One line."""
+        (self._bar.console if self._bar else self._console).print(text, style=style, markup=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """One line that stands out."""
+        self.say(f"warning: {text}", style="yellow")
+
+    def begin(self, title: str, rounds: int, done: int = 0) -> None:
+        """Start showing rounds."""
+        if sys.stdout.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+                TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[status]}", markup=False),
+                console=self._console,
+            )  # fmt: skip
+            self._task = self._bar.add_task(title, total=rounds, completed=done, status="")
+            self._bar.start()
+        else:
+            self.say(f"{title}: {rounds - done} rounds")
+
+    def round_done(self, entry: dict[str, Any], rounds: int, *, private: bool) -> None:
+        """Show a finished round."""
+        auc = "one class" if entry["auc"] is None else f"{entry['auc']:.3f}"
+        status = f"AUC {auc} (exact)"
+        if private:
+            status += f", epsilon {round_up(max(entry['epsilon'].values())):.2f}"
+        status += f", {entry['bytes_up'] / 1000:.1f} kB up, {entry['seconds']:.2f} s"
+        if self._bar is not None:
+            self._bar.update(self._task, advance=1, status=status)
+        else:
+            self.say(f"round {entry['round']:>3}/{rounds}  {status}")
+
+    def end(self) -> None:
+        """Stop showing rounds; safe to call twice."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def table(self, summary: dict[str, Any]) -> None:
+        """The result: what was spent and what was learned, per site and overall."""
+        privacy, test = summary["privacy"], summary["test"]
+        references = summary["references"] or {}
+        table = Table(title=f"{summary['task']}: {summary['model']}, {summary['adapter']}, {summary['strategy']}")
+        table.add_column("site")
+        table.add_column("declared\ntraining size", justify="right")
+        if privacy["private"]:
+            table.add_column("epsilon\n(PLD)", justify="right")
+        table.add_column("AUC*", justify="right")
+        table.add_column("accuracy*", justify="right")
+        for name in references:
+            table.add_column(f"{name.replace('_', ' ')}\nAUC* / accuracy*", justify="right")
+        rows = [*((site, privacy["sites"][site], test["sites"].get(site)) for site in privacy["sites"]),
+                ("all sites", None, test)]  # fmt: skip
+        for site, spent, result in rows:
+            cells = [site, str(spent["declared_size"]) if spent else str(_total(privacy))]
+            if privacy["private"]:
+                epsilon = spent["epsilon"] if spent else privacy["consortium"]["one_site"]["epsilon"]
+                cells.append(f"{round_up(epsilon):.2f}")
+            cells += [_figure(result, "auc"), _figure(result, "accuracy")]
+            for reference in references.values():
+                other = reference["sites"].get(site) if spent else reference
+                cells.append(f"{_figure(other, 'auc')} / {_figure(other, 'accuracy')}")
+            table.add_row(*cells, end_section=site == list(privacy["sites"])[-1])
+        self._console.print(table)
+        for line in footnotes(summary):
+            self.say(line, style="bold red" if line.startswith("NOT PRIVATE") else "")
+
+
+def footnotes(summary: dict[str, Any]) -> list[str]:
+    """What must stand below the table."""
+    privacy = summary["privacy"]
+    lines = ["* exact, on held-out patients: not covered by epsilon"]
+    if privacy["private"]:
+        rdp = max(site["epsilon_rdp"] for site in privacy["sites"].values())
+        everywhere = privacy["consortium"]["all_sites"]["epsilon"]
+        lines += [
+            f"epsilon: {privacy['adjacency']}; delta {privacy['delta']:g}; PLD accountant "
+            f"(RDP would say {round_up(rdp):.2f}); a patient at every site: {round_up(everywhere):.2f}",
+            privacy["in_words"],
+        ]
+    else:
+        lines.append(f"NOT PRIVATE: {privacy['not_private_reason']}")
+    if summary["references"]:
+        lines.append("references are trained to compare with and are not released; releasing one would cost epsilon again")
+    return lines
+
+
+def _figure(values: dict[str, Any] | None, name: str) -> str:
+    if values is None:
+        return "no answer"
+    if values[name] is None:
+        return "one class"
+    return f"{values[name]:.3f}"
+
+
+def _total(privacy: dict[str, Any]) -> int:
+    return sum(site["declared_size"] for site in privacy["sites"].values())
+
+
+def print_forecast(values: dict[str, Any]) -> None:
+    """The forecast of `fedmed plan`."""
+    console = Console(highlight=False)
+    privacy, seconds = values["privacy"], values["seconds"]
+    table = Table(title=f"forecast: {values['rounds']} rounds of {values['steps_per_round']} steps")
+    for name in ("site", "declared\ntraining size", "epsilon\n(PLD)", "epsilon\n(RDP)", "delta", "noise\nmultiplier",
+                 "sample\nrate", "steps"):  # fmt: skip
+        table.add_column(name, justify="left" if name == "site" else "right")
+    for site, plan in privacy["sites"].items():
+        if privacy["private"]:
+            spent = [f"{round_up(plan['epsilon']):.2f}", f"{round_up(plan['epsilon_rdp']):.2f}", f"{plan['delta']:g}"]
+        else:
+            spent = ["NOT PRIVATE", "", ""]
+        table.add_row(
+            site, str(plan["declared_size"]), *spent, f"{plan['noise_multiplier']:.3f}", f"{plan['sample_rate']:g}",
+            str(plan["steps"]),
+        )  # fmt: skip
+    console.print(table)
+    lines = [
+        f"bytes a round: {values['bytes_up_per_round']:,} up, {values['bytes_down_per_round']:,} down, all sites together",
+        f"measured here, one core, made-up records of the largest site: {seconds['step']:.3f} s a step, "
+        f"{seconds['prepare']:.1f} s once to prepare, {seconds['training_per_site']:.1f} s of training a site",
+        "nothing was trained and no record was opened to train on",
+    ]
+    if privacy["private"]:
+        everywhere = privacy["consortium"]["all_sites"]["epsilon"]
+        lines.insert(0, f"epsilon: {privacy['adjacency']}; a patient at every site: {round_up(everywhere):.2f} (PLD)")
+        lines.insert(1, privacy["in_words"])
+    else:
+        lines.insert(0, f"NOT PRIVATE: {privacy['not_private_reason']}")
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)

@@ -1,0 +1,130 @@
+"""A run's folder: configuration, plans, journal, checkpoint. What `resume` needs, whole at any instant."""
+
+import dataclasses
+import json
+import os
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+from safetensors.numpy import load_file, save
+
+from fedmed.atomic import write_bytes, write_json
+from fedmed.config import RunConfig, from_dict, to_dict
+from fedmed.errors import ConfigError
+from fedmed.privacy.plan import PrivacyPlan
+from strategies.base import Arrays, State
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+@dataclass
+class Progress:
+    """Where a run stands after its last finished round."""
+
+    round: int
+    arrays: Arrays
+    state: State = field(default_factory=dict)
+    # The global adapters of the last rounds, oldest first, for `strategy.average_last`.
+    recent: deque[Arrays] = field(default_factory=deque)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    # Seconds of training so far, over all attempts.
+    seconds: float = 0.0
+
+
+class RunFolder:
+    """The folder of one run. Rounds are journalled before they are sent: what was sent counts as spent."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, config: RunConfig, plans: dict[str, PrivacyPlan]) -> "RunFolder":
+        """A new folder with its configuration and plans.
+
+        Raises:
+            ConfigError: `run_dir` names a folder that holds a run already.
+        """
+        path = Path(config.run_dir) if config.run_dir else _free(Path("runs"), config.name)
+        if (path / "config.json").exists():
+            raise ConfigError(f"run_dir={path}: holds a run already; continue it with: fedmed run resume={path}")
+        path.mkdir(parents=True, exist_ok=True)
+        folder = cls(path)
+        write_json(path / "plans.json", {site: to_dict(plan) for site, plan in plans.items()})
+        # Last: a folder with a configuration is one that can be resumed.
+        write_json(path / "config.json", to_dict(dataclasses.replace(config, run_dir=None, resume=None)))
+        return folder
+
+    def plans(self) -> dict[str, PrivacyPlan]:
+        """The plans under which the run started."""
+        values = json.loads((self.path / "plans.json").read_text())
+        return {site: from_dict(PrivacyPlan, plan, where=f"plans.{site}") for site, plan in values.items()}
+
+    def journal(self, **entry: Any) -> None:
+        """Append one line and make it last before anything depends on it."""
+        with (self.path / "journal.jsonl").open("a") as file:
+            file.write(json.dumps({"time": round(time.time(), 3), **entry}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rounds_sent(self) -> int:
+        """How many times a round has been sent to the sites, finished or not."""
+        path = self.path / "journal.jsonl"
+        if not path.exists():
+            return 0
+        # A torn last line was never acted on: the round is sent only after the line lasts.
+        lines = [line for line in path.read_text().split("\n")[:-1] if line]
+        return sum(json.loads(line)["event"] == "round-sent" for line in lines)
+
+    def save(self, progress: Progress) -> None:
+        """Write the checkpoint: arrays, strategy state and history in one atomic file."""
+        tensors: dict[str, np.ndarray] = {f"arrays/{name}": value for name, value in progress.arrays.items()}
+        tensors |= {f"state/{name}": np.asarray(value) for name, value in progress.state.items()}
+        for index, arrays in enumerate(progress.recent):
+            tensors |= {f"recent/{index}/{name}": value for name, value in arrays.items()}
+        metadata = {
+            "round": str(progress.round),
+            "seconds": repr(progress.seconds),
+            "history": json.dumps(progress.history),
+        }
+        contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+        write_bytes(self.path / CHECKPOINT, save(contiguous, metadata=metadata))
+
+    def load(self) -> Progress | None:
+        """The last finished round, or None before the first."""
+        path = self.path / CHECKPOINT
+        if not path.exists():
+            return None
+        tensors = load_file(path)
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata()
+        recent: dict[int, Arrays] = {}
+        progress = Progress(
+            round=int(metadata["round"]),
+            arrays={},
+            history=json.loads(metadata["history"]),
+            seconds=float(metadata["seconds"]),
+        )
+        for key, value in tensors.items():
+            kind, _, name = key.partition("/")
+            if kind == "arrays":
+                progress.arrays[name] = value
+            elif kind == "state":
+                progress.state[name] = value
+            else:
+                index, _, name = name.partition("/")
+                recent.setdefault(int(index), {})[name] = value
+        progress.recent.extend(recent[index] for index in sorted(recent))
+        return progress
+
+
+def _free(parent: Path, name: str) -> Path:
+    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    for suffix in ("", *(f"-{index}" for index in range(2, 100))):
+        if not (parent / (stem + suffix)).exists():
+            return parent / (stem + suffix)
+    raise ConfigError(f"runs/{stem}: a hundred runs started in one second; name them with run_dir=…")

@@ -1,0 +1,75 @@
+"""What a run would cost, before it starts: epsilon, noise and steps of each site, bytes, seconds a step."""
+
+import dataclasses
+import math
+import time
+from typing import Any
+
+import numpy as np
+
+from fedmed.config import RunConfig
+from fedmed.data.dataset import Manifest, SiteDataset
+from fedmed.data.table import feature_names, synthetic_sentences
+from fedmed.models.build import build
+from fedmed.privacy.plan import PrivacyPlan, make_plan
+from fedmed.privacy.randomness import seeded
+from fedmed.training import local_parts, one_thread, train
+from strategies.summary import privacy_statement
+
+TIMED_STEPS = 3
+
+
+def forecast(config: RunConfig) -> dict[str, Any]:
+    """The forecast of a run. No record is opened: the step is timed on made-up records of the declared sizes."""
+    one_thread()
+    plans = {site: make_plan(config, site) for site in config.task.declared_sizes}
+    model = build(config.task, config.model, config.adapter, seed=config.seed)
+    size = sum(values.nbytes for values in model.initial.values())
+    largest = max(plans.values(), key=lambda plan: plan.declared_size)
+    prepare, step = _measure(config, largest)
+    return {
+        "privacy": privacy_statement(config, plans),
+        "rounds": config.rounds,
+        "steps_per_round": config.training.steps_per_round,
+        "bytes_up_per_round": size * len(plans),
+        "bytes_down_per_round": size * len(plans),
+        "seconds": {
+            "step": step,
+            "prepare": prepare,
+            "training_per_site": step * config.training.steps_per_round * config.rounds,
+        },
+    }
+
+
+def _measure(config: RunConfig, plan: PrivacyPlan) -> tuple[float, float]:
+    """Seconds to prepare a site once, and median seconds of one training step, on this machine, one core."""
+    expected = max(1, math.ceil(plan.expected_batch))
+    # Preparing is linear in the records: a sample of them is enough.
+    records = min(plan.declared_size, max(expected, 32))
+    data = _made_up(config, records)
+    model = build(config.task, config.model, config.adapter, seed=config.seed)
+    began = time.perf_counter()
+    training, _ = local_parts(model, data)
+    prepare = (time.perf_counter() - began) * plan.declared_size / records
+    one_step = dataclasses.replace(plan, steps_per_round=1, sample_rate=1.0)
+    training.records_of[expected:] = []
+    seconds = []
+    for index in range(TIMED_STEPS):
+        began = time.perf_counter()
+        train(model, training, model.initial, plan=one_step, training=config.training, source=seeded(index))
+        seconds.append(time.perf_counter() - began)
+    return prepare, float(np.median(seconds))
+
+
+def _made_up(config: RunConfig, records: int) -> SiteDataset:
+    draws = np.random.default_rng(0)
+    width = len(feature_names(config.task))
+    return SiteDataset(
+        site="made up",
+        features=draws.uniform(-0.5, 0.5, size=(records, width)).astype(np.float32),
+        texts=synthetic_sentences(config.task, records),
+        labels=draws.integers(0, 2, size=records).astype(np.float32),
+        patients=np.arange(records),
+        test=np.zeros(records, dtype=bool),
+        manifest=Manifest(content_sha256="", reader="made up", records=records, patients=records, positives=0),
+    )

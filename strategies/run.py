@@ -1,0 +1,196 @@
+"""A run from its configuration to its folder: quotes, rounds, references, release, report."""
+
+import dataclasses
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from flwr.serverapp import Grid
+
+from fedmed.atomic import write_json
+from fedmed.config import RunConfig
+from fedmed.errors import ConfigError
+from fedmed.models.build import build as build_model
+from fedmed.models.classifier import Classifier
+from fedmed.models.export import export, write_card
+from fedmed.privacy.plan import PrivacyPlan, make_plan
+from fedmed.records import Instruction
+from fedmed.report.html import write_report
+from fedmed.resources import PeakMemory
+from fedmed.tracking import Tracker, make_tracker
+from fedmed.training import one_thread
+from strategies.console import RunConsole
+from strategies.folder import Progress, RunFolder
+from strategies.rounds import Loop
+from strategies.sites import Sites
+from strategies.summary import scores, summarise
+
+log = logging.getLogger("fedmed.coordinator")
+
+
+def run(config: RunConfig, grid: Grid) -> Path:
+    """Do one run and return its folder.
+
+    Raises:
+        FedmedError: a setting, the data or a site stands in the way; nothing half-written is left behind
+            unless a round had been sent.
+    """
+    began = time.monotonic()
+    console = RunConsole()
+    tracker = make_tracker(config.tracking)
+    one_thread()
+    with PeakMemory() as memory:
+        folder = RunFolder(Path(config.resume)) if config.resume else None
+        plans = _plans(config, folder)
+        # Before the grid forks its workers, so that they share the loaded model.
+        model = build_model(config.task, config.model, config.adapter, seed=config.seed)
+        sites = Sites(grid, config.federation.timeout)
+        quotes = sites.connect(Instruction.of(config, plans, run_id="quote", round=0))
+        for site, quote in quotes.items():
+            if quote.declared_size != plans[site].declared_size:
+                raise ConfigError(f"site '{site}' declares {quote.declared_size} patients, the run another number")
+        folder = folder or RunFolder.create(config, plans)
+        _say_start(console, config, plans, folder)
+        ok, where = False, None
+        try:
+            where = tracker.start(config, folder.path)
+            progress = _train(config, sites, plans, folder, model, console, tracker)
+            loop = Loop(config, sites, plans, folder.path.name)
+            released = loop.released(progress)
+            final = Instruction.of(config, plans, run_id=folder.path.name, round=progress.round)
+            test = sites.evaluate(final, released, plans)
+            references = _references(config, sites, plans, model, console) if config.reference else None
+            export(model, released, config, folder.path / "adapter")
+            seconds = {"total": round(time.monotonic() - began, 2), "training": round(progress.seconds, 2)}
+            summary = summarise(
+                config, plans, test=test, references=references, rounds=progress.round, seconds=seconds,
+                history=progress.history, peak_rss_mb=memory.megabytes, mlflow=where,
+            )  # fmt: skip
+            write_card(summary, config, folder.path / "MODEL_CARD.md")
+            write_report(summary, progress.history, folder.path / "report.html")
+            write_json(folder.path / "history.json", progress.history)
+            # Last: a folder with a summary is a finished run.
+            write_json(folder.path / "summary.json", summary)
+            ok = True
+        finally:
+            console.end()
+            tracker.finish(folder.path, ok=ok)
+            if not ok and not config.resume and not folder.rounds_sent():
+                shutil.rmtree(folder.path)
+    console.table(summary)
+    _say_end(console, folder, where)
+    return folder.path
+
+
+def _plans(config: RunConfig, folder: RunFolder | None) -> dict[str, PrivacyPlan]:
+    """New plans, or those under which a resumed run started: its noise never changes half-way."""
+    if folder is None:
+        return {site: make_plan(config, site) for site in config.task.declared_sizes}
+    # Fewer rounds than planned are charged as planned: PLD holds for the plan that was fixed in advance.
+    return {
+        site: dataclasses.replace(plan, rounds=max(plan.rounds, config.rounds)) for site, plan in folder.plans().items()
+    }
+
+
+def _train(
+    config: RunConfig,
+    sites: Sites,
+    plans: dict[str, PrivacyPlan],
+    folder: RunFolder,
+    model: Classifier,
+    console: RunConsole,
+    tracker: Tracker,
+) -> Progress:
+    progress = folder.load() or Progress(round=0, arrays=model.initial)
+    until = _rounds_left(config, folder, progress, console)
+
+    def sent(number: int) -> None:
+        folder.journal(event="round-sent", round=number)
+
+    def finished(now: Progress) -> None:
+        folder.save(now)
+        entry = now.history[-1]
+        console.round_done(entry, until, private=config.private)
+        tracker.log(_tracked(entry), entry["round"])
+
+    loop = Loop(config, sites, plans, folder.path.name, sent=sent, finished=finished, warn=console.warn)
+    console.begin("federated training", until, progress.round)
+    loop.run(progress, until=until)
+    console.end()
+    return progress
+
+
+def _rounds_left(config: RunConfig, folder: RunFolder, progress: Progress, console: RunConsole) -> int:
+    """The round to stop at. A round that was sent and never finished has spent its budget: under privacy the
+    run then ends that many rounds earlier, and so stays within its plan."""
+    interrupted = folder.rounds_sent() - progress.round
+    if config.resume:
+        console.say(f"resumed after round {progress.round} of {config.rounds}")
+    if not interrupted or config.privacy.kind == "off":
+        return config.rounds
+    console.warn(
+        f"{interrupted} interrupted round(s) had been sent: their budget counts as spent, so that the run "
+        f"ends at round {config.rounds - interrupted}; continue with rounds={config.rounds + interrupted} to repeat "
+        "them at a larger epsilon"
+    )
+    return max(progress.round, config.rounds - interrupted)
+
+
+def _references(
+    config: RunConfig, sites: Sites, plans: dict[str, PrivacyPlan], model: Classifier, console: RunConsole
+) -> dict[str, Any]:
+    """What each site would reach alone, under the same plan, and what all would reach without privacy."""
+    console.say("references: each site alone, and all sites without privacy")
+    alone = {}
+    for site, plan in plans.items():
+        loop = Loop(config, sites, {site: plan}, "local-only", score_rounds=False)
+        progress = loop.run(Progress(round=0, arrays=model.initial), until=config.rounds)
+        last = Instruction.of(config, {site: plan}, run_id="local-only", round=config.rounds)
+        alone |= sites.evaluate(last, loop.released(progress), [site])
+    references = {"local_only": scores(alone)}
+    if config.privacy.kind == "dp":
+        open_config = dataclasses.replace(config, privacy=dataclasses.replace(config.privacy, kind="off"))
+        open_plans = {site: dataclasses.replace(plan, noise_multiplier=0.0) for site, plan in plans.items()}
+        loop = Loop(open_config, sites, open_plans, "non-private", score_rounds=False)
+        progress = loop.run(Progress(round=0, arrays=model.initial), until=config.rounds)
+        last = Instruction.of(open_config, open_plans, run_id="non-private", round=config.rounds)
+        references["non_private"] = scores(sites.evaluate(last, loop.released(progress), open_plans))
+    return references
+
+
+def _tracked(entry: dict[str, Any]) -> dict[str, float]:
+    """A round's figures by MLflow's names: global ones, and one per site."""
+    figures = {
+        "exact.auc": entry["auc"],
+        "exact.accuracy": entry["accuracy"],
+        "bytes_up": entry["bytes_up"],
+        "bytes_down": entry["bytes_down"],
+        "seconds": entry["seconds"],
+    }
+    for site, result in entry["site_metrics"].items():
+        figures |= {f"exact.auc/{site}": result["auc"], f"exact.accuracy/{site}": result["accuracy"]}
+    figures |= {f"epsilon.pld/{site}": epsilon for site, epsilon in entry["epsilon"].items()}
+    return {name: float(value) for name, value in figures.items() if value is not None}
+
+
+def _say_start(console: RunConsole, config: RunConfig, plans: dict[str, PrivacyPlan], folder: RunFolder) -> None:
+    plan = next(iter(plans.values()))
+    console.say(f"run folder: {folder.path}")
+    reason = config.not_private_reason()
+    if reason:
+        console.say(f"NOT PRIVATE: {reason}", style="bold red")
+    else:
+        console.say(
+            f"privacy: epsilon {plan.epsilon():.2f} (PLD), delta {plan.delta:g}, {plan.adjacency}; "
+            f"noise multiplier {plan.noise_multiplier:.3f}, sample rate {plan.sample_rate:g}, {plan.steps} steps a site"
+        )
+
+
+def _say_end(console: RunConsole, folder: RunFolder, where: dict[str, str] | None) -> None:
+    console.say(f"report: {folder.path / 'report.html'}")
+    console.say(f"model card: {folder.path / 'MODEL_CARD.md'}")
+    if where:
+        console.say(f"look further: mlflow ui --backend-store-uri {where['uri']}")
+    console.say(str(folder.path / "summary.json"))

@@ -1,0 +1,129 @@
+"""What a finished run says of itself: one mapping that table, report, card and summary.json render."""
+
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+from fedmed.config import RunConfig
+from fedmed.metrics import ScoreCounts
+from fedmed.privacy.accounting import BINDING, composed_epsilon
+from fedmed.privacy.plan import PrivacyPlan
+
+OUTSIDE = [
+    "hyperparameters were tuned outside epsilon",
+    "test metrics are exact and not covered by epsilon",
+    "the encoder's pretraining data is outside epsilon",
+]
+ASSUMPTION = (
+    "a patient whose records are at one site has that site's epsilon; one with records at every site has the "
+    "composition of all sites"
+)
+
+
+def scores(counts: Mapping[str, ScoreCounts]) -> dict[str, Any]:
+    """AUC and accuracy, pooled and per site; null where there is one class or no record."""
+    sites = {site: {"auc": c.auc(), "accuracy": c.accuracy()} for site, c in sorted(counts.items())}
+    if not counts:
+        return {"auc": None, "accuracy": None, "sites": {}}
+    pooled = list(counts.values())
+    total = sum(pooled[1:], start=pooled[0])
+    return {"auc": total.auc(), "accuracy": total.accuracy(), "sites": sites}
+
+
+def privacy_statement(config: RunConfig, plans: Mapping[str, PrivacyPlan]) -> dict[str, Any]:
+    """Everything that must stand beside an epsilon. Without privacy every epsilon is null.
+
+    The whole plan is charged: PLD binds for a plan that was fixed in advance, whenever the run stopped.
+    """
+    any_plan = next(iter(plans.values()))
+    private = config.private
+    sites = {}
+    for site, plan in plans.items():
+        sites[site] = {
+            "epsilon": plan.epsilon() if private else None,
+            "epsilon_rdp": plan.epsilon(accountant="rdp") if private else None,
+            "delta": plan.delta if private else None,
+            "noise_multiplier": plan.noise_multiplier,
+            "sample_rate": plan.sample_rate,
+            "steps": plan.steps,
+            "declared_size": plan.declared_size,
+        }
+    largest_delta = max(plan.delta for plan in plans.values())
+    consortium = None
+    in_words = None
+    if private:
+        largest = max(float(site["epsilon"]) for site in sites.values() if site["epsilon"] is not None)
+        everywhere = composed_epsilon([plan.event() for plan in plans.values()], delta=largest_delta)
+        consortium = {
+            "one_site": {"epsilon": largest, "delta": largest_delta},
+            "all_sites": {"epsilon": everywhere, "delta": largest_delta},
+            "assumption": ASSUMPTION,
+        }
+        in_words = belief_in_words(largest, any_plan.unit)
+    return {
+        "private": private,
+        "not_private_reason": config.not_private_reason(),
+        "unit": any_plan.unit,
+        "adjacency": any_plan.adjacency,
+        "delta": largest_delta if private else None,
+        "accountant": BINDING if private else None,
+        "target_epsilon": config.privacy.epsilon if private else None,
+        "sites": sites,
+        "consortium": consortium,
+        "in_words": in_words,
+        "outside": OUTSIDE,
+    }
+
+
+def belief_in_words(epsilon: float, unit: str) -> str:
+    """Epsilon as what an attacker can learn: from even odds to at most e^epsilon / (1 + e^epsilon)."""
+    # Written so that a large epsilon does not overflow.
+    odds = 100 / (1 + math.exp(-epsilon))
+    # Rounded away from comfort: never a smaller belief than the bound.
+    percent = math.ceil(odds) if odds < 99 else math.ceil(odds * 100) / 100
+    return f"Someone half sure that a {unit} took part can become at most {percent:g}% sure (up to delta)."
+
+
+def summarise(
+    config: RunConfig,
+    plans: Mapping[str, PrivacyPlan],
+    *,
+    test: Mapping[str, ScoreCounts],
+    references: dict[str, Any] | None,
+    rounds: int,
+    seconds: dict[str, float],
+    history: list[dict[str, Any]],
+    peak_rss_mb: float,
+    mlflow: dict[str, str] | None,
+) -> dict[str, Any]:
+    """The content of summary.json."""
+    last = history[-1] if history else {"bytes_up": 0, "bytes_down": 0}
+    return {
+        "name": config.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "version": version("fedmed"),
+        "seed": config.seed,
+        "task": config.task.title,
+        "model": _model_name(config),
+        "adapter": config.adapter.kind,
+        "strategy": config.strategy.kind,
+        "test": {"release": "exact", "covered_by_epsilon": False, **scores(test)},
+        "privacy": privacy_statement(config, plans),
+        "references": references,
+        "rounds": rounds,
+        "seconds": seconds,
+        "bytes_up_per_round": last["bytes_up"],
+        "bytes_down_per_round": last["bytes_down"],
+        "peak_rss_mb": round(peak_rss_mb),
+        "artifacts": {"report": "report.html", "card": "MODEL_CARD.md", "adapter": "adapter"},
+        "mlflow": mlflow,
+    }
+
+
+def _model_name(config: RunConfig) -> str:
+    if config.model.kind == "text":
+        source = config.model.package or config.model.path
+        return f"{source} (sha256 {config.model.sha256[:12]})"
+    return f"mlp with {config.model.hidden} hidden units" if config.model.hidden else "logistic regression"
