@@ -297,10 +297,10 @@ def _parse(name: str, column: ColumnConfig, cells: pd.Series) -> _Column:
         written = [_numeric_phrase(name, column, value) for value in clipped]
     else:
         refused = ~blank & ~cells.isin(column.categories).to_numpy(dtype=bool)
-        values = np.stack(
-            [(cells == value).to_numpy(dtype=np.float32) for value in column.categories], axis=1
-        )
-        values[blank] = 0.0
+        # Reference coding: the first category is all zeros, as the intercept speaks for it.
+        values = np.zeros((len(cells), len(column.categories) - 1), dtype=np.float32)
+        for index, value in enumerate(column.categories[1:]):
+            values[:, index] = (cells == value) & ~blank
         written = [_category_phrase(name, column, str(cell)) for cell in cells]
     phrases = [column.blank if empty else phrase for empty, phrase in zip(blank, written, strict=True)]
     return _Column(values, phrases, blank, refused)
