@@ -9,6 +9,7 @@ from fedmed.data.table import read_site
 from fedmed.errors import ConfigError
 from fedmed.metrics import ScoreCounts
 from fedmed.models.build import build
+from fedmed.models.classifier import Batch, Classifier
 from fedmed.models.loading import check_digest, locate
 from fedmed.privacy.plan import PrivacyPlan
 from fedmed.privacy.randomness import RandomSource, operating_system, seeded
@@ -83,8 +84,11 @@ def _source(instruction: Instruction, site: str) -> RandomSource:
     return seeded(instruction.seed, zlib.crc32(site.encode()), instruction.round)
 
 
-def _model(instruction: Instruction):  # noqa: ANN202 - torch types stay out of the signature
-    return build(instruction.task, instruction.model, instruction.adapter, seed=instruction.seed)
+def _model(instruction: Instruction) -> Classifier:
+    model = build(instruction.task, instruction.model, instruction.adapter)
+    # Frozen random matrices are not sent: the seed gives them.
+    model.initialise(instruction.seed)
+    return model
 
 
 def _key(instruction: Instruction) -> str:
@@ -94,10 +98,16 @@ def _key(instruction: Instruction) -> str:
 
 @lru_cache(maxsize=64)
 def _parts(key: str, site: str, seed: int) -> tuple[LocalData, LocalData]:
-    # Kept between rounds and runs: the frozen part of the model is computed once.
+    return local_parts(_prepared(key, site), read_site(parse("task", json.loads(key)["task"]), site, seed=seed))
+
+
+@lru_cache(maxsize=16)
+def _prepared(key: str, site: str) -> Batch:
+    """The site's records as the model reads them, kept between rounds and runs: the frozen part of the model is
+    computed once. It does not depend on the split, and so not on the seed."""
     parts = json.loads(key)
     task, model, adapter = (parse(name, parts[name]) for name in ("task", "model", "adapter"))
-    return local_parts(build(task, model, adapter, seed=seed), read_site(task, site, seed=seed))
+    return build(task, model, adapter).prepare(read_site(task, site, seed=0))
 
 
 @lru_cache(maxsize=8)

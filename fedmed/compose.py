@@ -134,13 +134,48 @@ def _compose(overrides: list[str]) -> RunConfig:
         composed = hydra_compose("config", overrides=groups)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"{' '.join(groups)}: {_first_line(error)}") from None
+    declared = _merge_declaration(composed, values)
     for override in values:
         _apply(composed, override)
     with _named(composed):
         built = OmegaConf.to_object(composed)
     if not isinstance(built, RunConfig):
         raise ConfigError("configs/config.yaml does not build a RunConfig")
-    return built
+    return _filled(built, declared | {override.key_or_group.removeprefix("task.") for override in values})
+
+
+def _merge_declaration(composed: DictConfig, values: list[Override]) -> set[str]:
+    """Put the keys of the file `task.declaration` into the task, each in place of what stood there.
+
+    Returns:
+        The names of these keys.
+    """
+    named = [override.value() for override in values if override.key_or_group == "task.declaration"]
+    path = named[-1] if named else composed.task.get("declaration")
+    if not isinstance(path, str) or "declaration" not in composed.task:
+        # What is no file name is refused with the other values.
+        return set()
+    where = f"task.declaration={path}"
+    # Imported here: most runs have no such file.
+    from fedmed.declaration import read_declaration
+
+    read = read_declaration(path, OmegaConf.get_type(composed.task))
+    for key, value in read.items():
+        try:
+            OmegaConf.update(composed.task, key, value, merge=False)
+        except OmegaConfBaseException:
+            raise ConfigError(f"{where}: {key}: expected {_type_name(composed.task, key)}") from None
+    return set(read)
+
+
+def _filled(config: RunConfig, declared: set[str]) -> RunConfig:
+    """Under `task.declare=from_data`, the run with what nobody declared read from the table."""
+    if getattr(config.task, "declare", None) != "from_data":
+        return config
+    # Imported here: it brings pandas.
+    from fedmed.data.describe import fill
+
+    return dataclasses.replace(config, task=fill(config.task, declared=declared))
 
 
 def _check_option(group: str, option: str) -> None:

@@ -101,7 +101,8 @@ class MlflowTracker:
             return
         for file in sorted(folder.rglob("*")):
             if file.is_file() and file.name not in ("checkpoint.safetensors", "mlflow_run_id"):
-                self._client.log_artifact(self._run_id, str(file), str(file.parent.relative_to(folder)))
+                inside = file.parent.relative_to(folder).as_posix()
+                self._client.log_artifact(self._run_id, str(file), None if inside == "." else inside)
         self._client.set_terminated(self._run_id, status="FINISHED" if ok else "FAILED")
 
 

@@ -13,12 +13,10 @@ from torch.nn import functional
 
 from fedmed.config import TrainingConfig
 from fedmed.data.dataset import SiteDataset
-from fedmed.models.classifier import INFERENCE_BATCH, Batch, Classifier, select
+from fedmed.models.classifier import INFERENCE_BATCH, Arrays, Batch, Classifier, select
 from fedmed.privacy.dpsgd import PatientOptimizer, check_sound, private_step
 from fedmed.privacy.plan import PrivacyPlan
 from fedmed.privacy.randomness import RandomSource
-
-Arrays = dict[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -51,9 +49,8 @@ def one_thread() -> None:
         torch.set_num_threads(1)
 
 
-def local_parts(model: Classifier, data: SiteDataset) -> tuple[LocalData, LocalData]:
-    """The training and the test part, tokenised and with the frozen part of the model computed."""
-    batch = model.prepare(data)
+def local_parts(batch: Batch, data: SiteDataset) -> tuple[LocalData, LocalData]:
+    """The training and the test part of a site whose records a model has prepared as `batch`."""
 
     def part(indices: NDArray[np.int64]) -> LocalData:
         patients = data.patients[indices]
@@ -62,11 +59,6 @@ def local_parts(model: Classifier, data: SiteDataset) -> tuple[LocalData, LocalD
         return LocalData(select(batch, chosen), torch.from_numpy(data.labels[indices]), records_of)
 
     return part(data.part(test=False)), part(data.part(test=True))
-
-
-def get_adapter(model: Classifier) -> Arrays:
-    """Copies of the adapter's arrays."""
-    return {name: p.detach().cpu().numpy().copy() for name, p in model.adapter().items()}
 
 
 def set_adapter(model: Classifier, arrays: Mapping[str, NDArray[np.float32]]) -> None:

@@ -23,8 +23,8 @@ def forecast(config: RunConfig) -> dict[str, Any]:
     """The forecast of a run. No record is opened: the step is timed on made-up records of the declared sizes."""
     one_thread()
     plans = {site: make_plan(config, site) for site in config.task.declared_sizes}
-    model = build(config.task, config.model, config.adapter, seed=config.seed)
-    size = sum(values.nbytes for values in model.initial.values())
+    model = build(config.task, config.model, config.adapter)
+    size = sum(values.nbytes for values in model.initialise(config.seed).values())
     largest = max(plans.values(), key=lambda plan: plan.declared_size)
     prepare, step = _measure(config, largest)
     return {
@@ -47,16 +47,17 @@ def _measure(config: RunConfig, plan: PrivacyPlan) -> tuple[float, float]:
     # Preparing is linear in the records: a sample of them is enough.
     records = min(plan.declared_size, max(expected, 32))
     data = _made_up(config, records)
-    model = build(config.task, config.model, config.adapter, seed=config.seed)
+    model = build(config.task, config.model, config.adapter)
     began = time.perf_counter()
-    training, _ = local_parts(model, data)
+    training, _ = local_parts(model.prepare(data), data)
     prepare = (time.perf_counter() - began) * plan.declared_size / records
+    arrays = model.initialise(config.seed)
     one_step = dataclasses.replace(plan, steps_per_round=1, sample_rate=1.0)
     training.records_of[expected:] = []
     seconds = []
     for index in range(TIMED_STEPS):
         began = time.perf_counter()
-        train(model, training, model.initial, plan=one_step, training=config.training, source=seeded(index))
+        train(model, training, arrays, plan=one_step, training=config.training, source=seeded(index))
         seconds.append(time.perf_counter() - began)
     return prepare, float(np.median(seconds))
 

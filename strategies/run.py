@@ -45,7 +45,7 @@ def run(config: RunConfig, grid: Grid) -> Path:
         folder = RunFolder(Path(config.resume)) if config.resume else None
         plans = _plans(config, folder)
         # Before the grid forks its workers, so that they share the loaded model.
-        model = build_model(config.task, config.model, config.adapter, seed=config.seed)
+        model = build_model(config.task, config.model, config.adapter)
         sites = Sites(grid, config.federation.timeout)
         quotes = sites.connect(Instruction.of(config, plans, run_id="quote", round=0))
         for site, quote in quotes.items():
@@ -103,7 +103,7 @@ def _train(
     console: RunConsole,
     tracker: Tracker,
 ) -> Progress:
-    progress = folder.load() or Progress(round=0, arrays=model.initial)
+    progress = folder.load() or Progress(round=0, arrays=model.initialise(config.seed))
     until = _rounds_left(config, folder, progress, console)
 
     def sent(number: int) -> None:
@@ -146,7 +146,7 @@ def _references(
     alone = {}
     for site, plan in plans.items():
         loop = Loop(config, sites, {site: plan}, "local-only", score_rounds=False)
-        progress = loop.run(Progress(round=0, arrays=model.initial), until=config.rounds)
+        progress = loop.run(Progress(round=0, arrays=model.initialise(config.seed)), until=config.rounds)
         last = Instruction.of(config, {site: plan}, run_id="local-only", round=config.rounds)
         alone |= sites.evaluate(last, loop.released(progress), [site])
     references = {"local_only": scores(alone)}
@@ -154,7 +154,7 @@ def _references(
         open_config = dataclasses.replace(config, privacy=dataclasses.replace(config.privacy, kind="off"))
         open_plans = {site: dataclasses.replace(plan, noise_multiplier=0.0) for site, plan in plans.items()}
         loop = Loop(open_config, sites, open_plans, "non-private", score_rounds=False)
-        progress = loop.run(Progress(round=0, arrays=model.initial), until=config.rounds)
+        progress = loop.run(Progress(round=0, arrays=model.initialise(config.seed)), until=config.rounds)
         last = Instruction.of(open_config, open_plans, run_id="non-private", round=config.rounds)
         references["non_private"] = scores(sites.evaluate(last, loop.released(progress), open_plans))
     return references

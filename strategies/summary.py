@@ -81,8 +81,7 @@ def belief_in_words(epsilon: float, unit: str) -> str:
     """Epsilon as what an attacker can learn: from even odds to at most e^epsilon / (1 + e^epsilon)."""
     # Written so that a large epsilon does not overflow.
     odds = 100 / (1 + math.exp(-epsilon))
-    # Rounded away from comfort: never a smaller belief than the bound.
-    percent = math.ceil(odds) if odds < 99 else math.ceil(odds * 100) / 100
+    percent = round(odds) if odds < 99 else round(odds, 2)
     return f"Someone half sure that a {unit} took part can become at most {percent:g}% sure (up to delta)."
 
 

@@ -1,5 +1,6 @@
 """Which patients are held out. The choice must not depend on the records (privacy.md, rule 9)."""
 
+import contextlib
 import hashlib
 import hmac
 import os
@@ -8,6 +9,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fedmed.errors import DataError
+
+KEY_BYTES = 32
 
 
 def hash_split(patient_ids: list[str], *, fraction: float, key: bytes) -> NDArray[np.bool_]:
@@ -32,28 +37,42 @@ def shuffle_split(patients: int, *, fraction: float, seed: int) -> NDArray[np.bo
 
 def fedmed_home() -> Path:
     """Where sites keep their keys and caches: `$FEDMED_HOME`, else ~/.fedmed."""
-    return Path(os.environ.get("FEDMED_HOME", Path.home() / ".fedmed"))
+    return Path(os.environ.get("FEDMED_HOME") or Path.home() / ".fedmed")
 
 
 def site_key(site: str) -> bytes:
     """The secret key of a (simulated) site, made on first use, readable by its owner alone.
 
     Processes that ask at once get the same key: the first complete file wins.
+
+    Raises:
+        DataError: the key cannot be kept or read, or its file is damaged.
     """
-    folder = fedmed_home() / "sites" / hashlib.sha256(site.encode()).hexdigest()[:16]
-    path = folder / "key"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        draft = folder / f"key.{os.getpid()}.{secrets.token_hex(4)}"
+    path = fedmed_home() / "sites" / hashlib.sha256(site.encode()).hexdigest()[:16] / "key"
+    try:
+        if not path.exists():
+            _make_key(path)
+        key = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"site '{site}': its key cannot be kept in {path} ({error.strerror}); set FEDMED_HOME"
+        ) from None
+    if len(key) != KEY_BYTES:
+        # An empty key would make the split predictable; another one would move patients to the other side.
+        raise DataError(f"site '{site}': {path} is damaged; restore it from a backup")
+    return key
+
+
+def _make_key(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    draft = path.with_name(f"key.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
         with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(secrets.token_bytes(32))
+            file.write(secrets.token_bytes(KEY_BYTES))
             file.flush()
             os.fsync(file.fileno())
-        try:
+        # Unlike a rename, a link never replaces: where another process was first, its key is the site's.
+        with contextlib.suppress(FileExistsError):
             os.link(draft, path)
-        except FileExistsError:
-            # Another process was first; its key is the site's.
-            return path.read_bytes()
-        finally:
-            draft.unlink()
-    return path.read_bytes()
+    finally:
+        draft.unlink(missing_ok=True)

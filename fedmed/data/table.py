@@ -107,10 +107,14 @@ def blank_cells(cells: pd.Series, *, declared: Collection[str] = ()) -> NDArray[
 
 @dataclass(frozen=True)
 class _Column:
-    """One column, parsed: scaled values, phrases, and which records it makes unusable."""
+    """One column, parsed: scaled values, phrases, and which records it makes unusable.
+
+    A cell is `blank` where it is `empty` or one of the column's `missing`.
+    """
 
     values: NDArray[np.float32]
     phrases: list[str]
+    empty: NDArray[np.bool_]
     blank: NDArray[np.bool_]
     refused: NDArray[np.bool_]
 
@@ -143,7 +147,7 @@ def read_site(task: TableTaskConfig, site: str, *, seed: int) -> SiteDataset:
     for name, parsed in columns.items():
         refuse(parsed.refused, f"{name}: {_refusal(task.columns[name])}")
         if task.blanks == "drop":
-            refuse(rows[name].isna().to_numpy(dtype=bool), f"{name}: blank")
+            refuse(parsed.empty, f"{name}: blank")
     reasons = Counter({reason: count for reason, count in reasons.items() if count})
     if not usable.any():
         listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "no row names it"
@@ -284,7 +288,8 @@ def numbers_in(cells: pd.Series) -> NDArray[np.float64]:
 
 
 def _parse(name: str, column: ColumnConfig, cells: pd.Series) -> _Column:
-    blank = blank_cells(cells, declared=column.categories) | cells.isin(column.missing).to_numpy(dtype=bool)
+    empty = blank_cells(cells, declared=[*column.categories, *column.missing])
+    blank = empty | cells.isin(column.missing).to_numpy(dtype=bool)
     if column.kind == "numeric":
         low, high = _bounds(column)
         numbers = numbers_in(cells)
@@ -302,8 +307,8 @@ def _parse(name: str, column: ColumnConfig, cells: pd.Series) -> _Column:
         for index, value in enumerate(column.categories[1:]):
             values[:, index] = (cells == value) & ~blank
         written = [_category_phrase(name, column, str(cell)) for cell in cells]
-    phrases = [column.blank if empty else phrase for empty, phrase in zip(blank, written, strict=True)]
-    return _Column(values, phrases, blank, refused)
+    phrases = [column.blank if unknown else phrase for unknown, phrase in zip(blank, written, strict=True)]
+    return _Column(values, phrases, empty, blank, refused)
 
 
 def _refusal(column: ColumnConfig) -> str:

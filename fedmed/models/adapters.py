@@ -1,7 +1,5 @@
 """Which parameters are trained and travel."""
 
-import numpy as np
-import torch
 from torch import nn
 
 from fedmed.config import AdapterConfig
@@ -18,11 +16,8 @@ def freeze(module: nn.Module) -> None:
         parameter.requires_grad_(False)
 
 
-def add_adapter(encoder: nn.Module, adapter: AdapterConfig, *, seed: int) -> nn.Module:
+def add_adapter(encoder: nn.Module, adapter: AdapterConfig) -> nn.Module:
     """The encoder with its trainable part marked: none for `head`, LoRA layers, or (almost) everything.
-
-    The frozen matrices A of `ffa_lora` come from `seed` by NumPy, so that all sites hold the same ones
-    without sending them.
 
     Raises:
         ModelError: no layer has a target's name, or there are fewer blocks than `last_blocks`.
@@ -50,13 +45,8 @@ def add_adapter(encoder: nn.Module, adapter: AdapterConfig, *, seed: int) -> nn.
             target_modules=_targets(encoder, adapter),
         ),
     )
-    draws = np.random.default_rng([seed, 1])
-    for name, parameter in sorted(adapted.named_parameters()):
+    for name, parameter in adapted.named_parameters():
         if "lora_A" in name:
-            # Kaiming-uniform with a=sqrt(5), as PEFT initialises A: bound 1 / sqrt(fan in).
-            bound = parameter.shape[1] ** -0.5
-            values = draws.uniform(-bound, bound, size=tuple(parameter.shape)).astype(np.float32)
-            parameter.data.copy_(torch.from_numpy(values))
             parameter.requires_grad_(adapter.kind == "lora")
     return adapted
 

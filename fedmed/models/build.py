@@ -7,28 +7,28 @@ from fedmed.config import parse, to_dict
 from fedmed.models.classifier import Classifier, TabularClassifier, TextClassifier
 
 
-def build(task: object, model: object, adapter: object, *, seed: int) -> Classifier:
+def build(task: object, model: object, adapter: object) -> Classifier:
     """The network for a task, model and adapter configuration.
 
-    The same configuration gives the same object until two others were asked for: callers set the adapter's
-    values before they use it.
+    The same configuration gives the same object until two others were asked for: callers `initialise` it and
+    set the adapter's values before they use it.
 
     Raises:
         ModelError: the model cannot be loaded, or the adapter does not fit it.
     """
-    return _build(*(json.dumps(to_dict(part), sort_keys=True) for part in (task, model, adapter)), seed)
+    return _build(*(json.dumps(to_dict(part), sort_keys=True) for part in (task, model, adapter)))
 
 
 @lru_cache(maxsize=2)
-def _build(task_json: str, model_json: str, adapter_json: str, seed: int) -> Classifier:
+def _build(task_json: str, model_json: str, adapter_json: str) -> Classifier:
     task = parse("task", json.loads(task_json))
     model = parse("model", json.loads(model_json))
     adapter = parse("adapter", json.loads(adapter_json))
     built: Classifier = (
-        TabularClassifier(task, model, seed=seed)
+        TabularClassifier(task, model)
         if model.kind == "tabular"
-        else TextClassifier(task, model, adapter, seed=seed)
+        else TextClassifier(task, model, adapter)
     )
-    # Training changes the adapter in place; a run starts from these copies.
-    built.initial = {name: p.detach().numpy().copy() for name, p in built.adapter().items()}
+    # Training changes the adapter in place; `initialise` goes back to these copies.
+    built.built = {name: p.detach().clone() for name, p in built.adapter().items()}
     return built

@@ -19,6 +19,7 @@ from fedmed.models.loading import load_encoder
 from fedmed.models.prefix import capture, first_trainable_block, replayed, transformer_blocks
 
 Batch = dict[str, Tensor]
+Arrays = dict[str, NDArray[np.float32]]
 # Records per forward pass where no gradient is needed.
 INFERENCE_BATCH = 32
 
@@ -27,8 +28,8 @@ class Classifier(nn.Module):
     """What training, evaluation and export need to know about a network."""
 
     head: nn.Linear
-    # The adapter as it was built: where every run starts.
-    initial: dict[str, NDArray[np.float32]]
+    # The adapter as it was built, before a seed.
+    built: dict[str, Tensor]
 
     def prepare(self, data: SiteDataset) -> Batch:
         """A site's records as named tensors, first dimension records: everything that is computed once."""
@@ -37,6 +38,23 @@ class Classifier(nn.Module):
     def adapter(self) -> dict[str, nn.Parameter]:
         """The trainable parameters by name, in a fixed order: what travels."""
         return {name: p for name, p in sorted(self.named_parameters()) if p.requires_grad}
+
+    def initialise(self, seed: int) -> Arrays:
+        """Set the adapter to where a run with this seed starts, and return copies of its arrays.
+
+        Random matrices (LoRA's A, a hidden layer) are drawn by NumPy, so that all sites hold the same frozen A
+        of `ffa_lora` without sending it. The bound 1 / sqrt(fan in) is PyTorch's and PEFT's.
+        """
+        draws = np.random.default_rng([seed, 1])
+        with torch.no_grad():
+            for name, parameter in sorted(self.named_parameters()):
+                if "lora_A" in name or name.startswith("hidden."):
+                    fan_in = parameter.shape[-1]
+                    values = draws.uniform(-1, 1, size=tuple(parameter.shape)) * fan_in**-0.5
+                    parameter.copy_(torch.from_numpy(values.astype(np.float32)))
+                elif name in self.built:
+                    parameter.copy_(self.built[name])
+        return {name: p.detach().numpy().copy() for name, p in self.adapter().items()}
 
     def training_mode(self) -> None:
         """Train what is trainable; everything frozen stays in eval(), so that dropout and statistics are off."""
@@ -49,14 +67,12 @@ class Classifier(nn.Module):
 class TabularClassifier(Classifier):
     """Logistic regression, or one hidden tanh layer (bounded activations suit clipping: Papernot et al. 2021)."""
 
-    def __init__(self, task: TableTaskConfig, model: TabularModelConfig, *, seed: int) -> None:
+    def __init__(self, task: TableTaskConfig, model: TabularModelConfig) -> None:
         super().__init__()
         width = len(feature_names(task))
         self.hidden: nn.Module = nn.Identity()
         if model.hidden:
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)
-                self.hidden = nn.Sequential(nn.Linear(width, model.hidden), nn.Tanh())
+            self.hidden = nn.Sequential(nn.Linear(width, model.hidden), nn.Tanh())
         self.head = nn.Linear(model.hidden or width, 1)
         _zero(self.head)
 
@@ -71,9 +87,7 @@ class TabularClassifier(Classifier):
 class TextClassifier(Classifier):
     """A pretrained encoder, pooled, centred by public constants, and a linear head."""
 
-    def __init__(
-        self, task: TableTaskConfig, model: TextModelConfig, adapter: AdapterConfig, *, seed: int
-    ) -> None:
+    def __init__(self, task: TableTaskConfig, model: TextModelConfig, adapter: AdapterConfig) -> None:
         super().__init__()
         self.config = model
         encoder, self.tokenizer = load_encoder(model)
@@ -84,7 +98,7 @@ class TextClassifier(Classifier):
         mean, projection = self._whitening(task, width)
         self.register_buffer("mean", mean)
         self.register_buffer("projection", projection)
-        self.encoder = add_adapter(encoder, adapter, seed=seed)
+        self.encoder = add_adapter(encoder, adapter)
         self.head = nn.Linear(projection.shape[1], 1)
         _zero(self.head)
         blocks = transformer_blocks(self.encoder)[1]

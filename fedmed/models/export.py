@@ -25,6 +25,7 @@ def export(model: Classifier, arrays: Arrays, config: RunConfig, folder: Path) -
     Others: `adapter.safetensors` by parameter name. All: `adapter.json` with what it belongs to.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    model.initialise(config.seed)
     set_adapter(model, arrays)
     described: dict[str, Any] = {
         "fedmed": version("fedmed"),

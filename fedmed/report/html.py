@@ -1,6 +1,7 @@
 """The report of a run: one HTML file that loads nothing, for who decides on a run and who checks it."""
 
 import math
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -54,7 +55,7 @@ def write_report(summary: dict[str, Any], history: list[dict[str, Any]], path: P
         privacy=privacy,
         history=history,
         created=datetime.fromisoformat(summary["created"]).strftime("%d %B %Y, %H:%M %Z").strip(),
-        figures=[(figure, Markup(figure.svg)) for figure in figures],
+        figures=[(figure, _inline(figure.svg, f"f{index}-")) for index, figure in enumerate(figures)],
         runs=runs,
         answered={site: _answered(site, history) for site in privacy["sites"]},
         claim=lambda delta=None: claim(privacy, delta),
@@ -120,3 +121,11 @@ def _answered(site: str, history: Sequence[Mapping[str, Any]]) -> str:
         else:
             ranges.append([number, number])
     return ", ".join(f"{a}\N{EN DASH}{b}" if b > a else f"{a}" for a, b in ranges) or "none"
+
+
+def _inline(svg: str, prefix: str) -> Markup:
+    """An SVG document as an element of the page: its own ids, colours that the page's theme can replace."""
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg[svg.index("<svg") :])
+    svg = re.sub(r'^<svg [^>]*?(viewBox="[^"]*")[^>]*>', r"<svg \1>", svg)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{prefix}", svg)
+    return Markup(re.sub(r"(fill|stroke): #([0-9a-f]{6})\b", r"\1: var(--c\2, #\2)", svg))
