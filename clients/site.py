@@ -98,7 +98,9 @@ def _key(instruction: Instruction) -> str:
 
 @lru_cache(maxsize=64)
 def _parts(key: str, site: str, seed: int) -> tuple[LocalData, LocalData]:
-    return local_parts(_prepared(key, site), read_site(parse("task", json.loads(key)["task"]), site, seed=seed))
+    return local_parts(
+        _prepared(key, site), read_site(parse("task", json.loads(key)["task"]), site, seed=seed)
+    )
 
 
 @lru_cache(maxsize=16)

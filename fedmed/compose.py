@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fedmed import config as schema
 from fedmed.config import OPTIONS, RunConfig, run_config_from_dict
+from fedmed.data.declaration import read_declaration
 from fedmed.errors import ConfigError, nearest
 
 GROUPS = (*OPTIONS, "experiment")
@@ -76,8 +77,12 @@ def compose(overrides: Sequence[str]) -> RunConfig:
     """
     jobs = expand(overrides)
     if len(jobs) != 1:
-        raise ConfigError(f"{len(jobs)} runs described by a list of values; sweep over them with: fedmed run -m")
-    resumed = [text for text in overrides if text.partition("=")[0] == "resume" and not text.endswith("=null")]
+        raise ConfigError(
+            f"{len(jobs)} runs described by a list of values; sweep over them with: fedmed run -m"
+        )
+    resumed = [
+        text for text in overrides if text.partition("=")[0] == "resume" and not text.endswith("=null")
+    ]
     if resumed:
         return _resumed(resumed[0].partition("=")[2], [text for text in overrides if text not in resumed])
     with _hydra():
@@ -116,7 +121,9 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
         except HydraException:
             raise ConfigError(f"'{text}': expected key=value, e.g. rounds=20 or model=minilm") from None
         if override.is_delete():
-            raise ConfigError(f"'{text}': a setting cannot be deleted; set it instead, e.g. {text.lstrip('~')}=…")
+            raise ConfigError(
+                f"'{text}': a setting cannot be deleted; set it instead, e.g. {text.lstrip('~')}=…"
+            )
         parsed.append(override)
     return parsed
 
@@ -152,19 +159,17 @@ def _merge_declaration(composed: DictConfig, values: list[Override]) -> set[str]
     """
     named = [override.value() for override in values if override.key_or_group == "task.declaration"]
     path = named[-1] if named else composed.task.get("declaration")
-    if not isinstance(path, str) or "declaration" not in composed.task:
-        # What is no file name is refused with the other values.
+    task_schema = OmegaConf.get_type(composed.task)
+    if not isinstance(path, str) or task_schema is None or "declaration" not in composed.task:
+        # What is no file's name is refused where the other values are.
         return set()
-    where = f"task.declaration={path}"
-    # Imported here: most runs have no such file.
-    from fedmed.declaration import read_declaration
-
-    read = read_declaration(path, OmegaConf.get_type(composed.task))
+    read = read_declaration(path, task_schema)
     for key, value in read.items():
         try:
             OmegaConf.update(composed.task, key, value, merge=False)
         except OmegaConfBaseException:
-            raise ConfigError(f"{where}: {key}: expected {_type_name(composed.task, key)}") from None
+            expected = _type_name(composed.task, key)
+            raise ConfigError(f"task.declaration={path}: {key}: expected {expected}") from None
     return set(read)
 
 
@@ -193,10 +198,14 @@ def _apply(composed: DictConfig, override: Override) -> None:
     if not known:
         raise ConfigError(f"'{text}': no setting '{key}'; {nearest(key, [*_keys(composed), *GROUPS])}")
     try:
-        OmegaConf.update(composed, key, override.value(), merge=True, force_add=_free_keys(parent))
+        # A mapping of free keys is replaced whole: its keys are the sites of the run, the columns of a table.
+        free = _free_keys(parent) or (isinstance(parent._get_node(leaf), DictConfig) and _free_keys(parent[leaf]))
+        OmegaConf.update(composed, key, override.value(), merge=not free, force_add=free)
     except OmegaConfBaseException as error:
         hint = _type_name(parent, leaf)
-        raise ConfigError(f"'{text}': expected {hint}" if hint else f"'{text}': {_first_line(error)}") from None
+        raise ConfigError(
+            f"'{text}': expected {hint}" if hint else f"'{text}': {_first_line(error)}"
+        ) from None
 
 
 def _free_keys(node: DictConfig) -> bool:
@@ -214,7 +223,7 @@ def _type_name(parent: DictConfig, leaf: str) -> str:
 
 
 def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
-    for key in node:
+    for key in map(str, node):
         child = node._get_node(key)
         yield f"{prefix}{key}"
         if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():

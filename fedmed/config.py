@@ -20,9 +20,9 @@ class ColumnConfig:
     """What one column of a table may hold, declared by a person, never read from the data.
 
     Numeric: `low` and `high` bound it (values outside are clipped). Categorical: `categories` are the
-    allowed cells, the first of them the reference. `missing` lists cells that mean "not measured". A record is written out as a sentence
-    from each column's `phrase` (with `{value}`, or `{word}` for the cut-off's word), a category's entry
-    in `words`, or, for a blank cell, `blank`.
+    allowed cells, the first of them the reference. `missing` lists cells that mean "not measured".
+    A record is written out as a sentence from each column's `phrase` (with `{value}`, or `{word}` for the
+    cut-off's word), a category's entry in `words`, or, for a blank cell, `blank`.
     """
 
     kind: str = "numeric"
@@ -39,7 +39,12 @@ class ColumnConfig:
     blank: str = ""
 
     def __post_init__(self) -> None:
-        require(self.kind in ("numeric", "categorical"), "task.columns.*.kind", self.kind, "numeric or categorical")
+        require(
+            self.kind in ("numeric", "categorical"),
+            "task.columns.*.kind",
+            self.kind,
+            "numeric or categorical",
+        )
         if self.kind == "numeric":
             require(
                 self.low is not None and self.high is not None and self.low < self.high,
@@ -48,14 +53,22 @@ class ColumnConfig:
                 "low < high, both declared (propose them with: fedmed task describe FILE)",
             )
         else:
-            require(len(self.categories) >= 1, "task.columns.*.categories", self.categories, "at least one category")
+            require(
+                len(self.categories) >= 1,
+                "task.columns.*.categories",
+                self.categories,
+                "at least one category",
+            )
         try:
             self.phrase.format(value="", word="")
         except (KeyError, IndexError, ValueError):
-            raise ConfigError(f"task.columns.*.phrase={self.phrase}: expected only {{value}} and {{word}} in braces") from None
+            raise ConfigError(
+                f"task.columns.*.phrase={self.phrase}: expected only {{value}} and {{word}} in braces"
+            ) from None
         if self.cutoff_words:
             require(
-                len(self.cutoff_words) == len(self.cutoffs) + 1 and list(self.cutoffs) == sorted(self.cutoffs),
+                len(self.cutoff_words) == len(self.cutoffs) + 1
+                and list(self.cutoffs) == sorted(self.cutoffs),
                 "task.columns.*.cutoff_words",
                 self.cutoff_words,
                 "one word more than the ascending cutoffs",
@@ -99,12 +112,16 @@ class TableTaskConfig:
     def __post_init__(self) -> None:
         require(self.path is not None, "task.path", self.path, "a CSV file")
         columns = {
-            name: from_dict(ColumnConfig, column, where=f"task.columns.{name}") if isinstance(column, dict) else column
+            name: from_dict(ColumnConfig, column, where=f"task.columns.{name}")
+            if isinstance(column, dict)
+            else column
             for name, column in self.columns.items()
         }
         object.__setattr__(self, "columns", columns)
         require(self.blanks in ("indicator", "drop"), "task.blanks", self.blanks, "indicator or drop")
-        require(self.declare in ("declared", "from_data"), "task.declare", self.declare, "declared or from_data")
+        require(
+            self.declare in ("declared", "from_data"), "task.declare", self.declare, "declared or from_data"
+        )
         require(self.split in ("hash", "shuffle"), "task.split", self.split, "hash or shuffle")
         require(0 < self.test_fraction < 1, "task.test_fraction", self.test_fraction, "between 0 and 1")
         for site, size in self.declared_sizes.items():
@@ -233,7 +250,9 @@ class PrivacyConfig:
             value = getattr(self, name)
             require(value is None or (value > 0 and math.isfinite(value)), f"privacy.{name}", value, "> 0")
         require(self.delta is None or 0 < self.delta < 1, "privacy.delta", self.delta, "between 0 and 1")
-        require(self.records_per_patient >= 1, "privacy.records_per_patient", self.records_per_patient, ">= 1")
+        require(
+            self.records_per_patient >= 1, "privacy.records_per_patient", self.records_per_patient, ">= 1"
+        )
         require(self.min_declared_size >= 1, "privacy.min_declared_size", self.min_declared_size, ">= 1")
 
 
@@ -316,11 +335,16 @@ class TrainingConfig:
         require(0 < self.sample_rate <= 1, "training.sample_rate", self.sample_rate, "0 < rate <= 1")
         require(self.optimizer in ("sgd", "adam"), "training.optimizer", self.optimizer, "sgd or adam")
         require(
-            self.learning_rate is None or self.learning_rate > 0, "training.learning_rate", self.learning_rate, "> 0"
+            self.learning_rate is None or self.learning_rate > 0,
+            "training.learning_rate",
+            self.learning_rate,
+            "> 0",
         )
         require(0 <= self.momentum < 1, "training.momentum", self.momentum, "0 <= momentum < 1")
         require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, ">= 0")
-        require(self.physical_batch_size >= 1, "training.physical_batch_size", self.physical_batch_size, ">= 1")
+        require(
+            self.physical_batch_size >= 1, "training.physical_batch_size", self.physical_batch_size, ">= 1"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,9 @@ def load_object(reference: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def run_in_process(server_app: ServerApp, client_app: ClientApp, *, nodes: int, workers: int, run_config: dict) -> None:
+def run_in_process(
+    server_app: ServerApp, client_app: ClientApp, *, nodes: int, workers: int, run_config: dict
+) -> None:
     """Run a ServerApp against `nodes` copies of a ClientApp.
 
     Args:
@@ -44,7 +46,9 @@ def run_in_process(server_app: ServerApp, client_app: ClientApp, *, nodes: int, 
         run_config: what `flwr run --run-config` would hold.
     """
     grid = InProcessGrid(client_app, nodes=nodes, workers=workers)
-    context = Context(run_id=1, node_id=SUPERLINK_NODE_ID, node_config={}, state=RecordDict(), run_config=run_config)
+    context = Context(
+        run_id=1, node_id=SUPERLINK_NODE_ID, node_config={}, state=RecordDict(), run_config=run_config
+    )
     try:
         server_app(grid, context)
     finally:
@@ -86,7 +90,12 @@ class InProcessGrid(Grid):
         return self._run
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
     ) -> Message:
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
@@ -102,14 +111,18 @@ class InProcessGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         return [self._replies.pop(key) for key in list(message_ids) if key in self._replies]
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
         sent = [_own_copy(message) for message in messages]
         self.start_workers()
         if self._workers is None:
             return [_identified(_call(self._app, m, self._contexts[m.metadata.dst_node_id])) for m in sent]
         return list(self._gather(self._workers, sent, timeout))
 
-    def _gather(self, workers: list["_Worker"], sent: list[Message], timeout: float | None) -> Iterator[Message]:
+    def _gather(
+        self, workers: list["_Worker"], sent: list[Message], timeout: float | None
+    ) -> Iterator[Message]:
         end = None if timeout is None else time.monotonic() + timeout
         waiting: dict[str, Message] = {}
         for message in sent:
@@ -216,7 +229,9 @@ def _own_copy(message: Message) -> Message:
     if message.has_content():
         message.content = RecordDict(
             {
-                name: ArrayRecord(OrderedDict(record)) if isinstance(record, ArrayRecord) else type(record)(dict(record))
+                name: ArrayRecord(OrderedDict(record))
+                if isinstance(record, ArrayRecord)
+                else type(record)(dict(record))
                 for name, record in message.content.items()
             }
         )

@@ -23,7 +23,9 @@ class ScoreCounts:
     def of(cls, logits: NDArray[np.float32], labels: NDArray[np.float32]) -> "ScoreCounts":
         """The counts of a set of records; non-finite logits count as 0."""
         finite = np.nan_to_num(logits.astype(np.float64), nan=0.0, posinf=np.inf, neginf=-np.inf)
-        cells = np.clip(np.floor(np.clip(finite, -1e3, 1e3) / CELL) + CELLS // 2, 0, CELLS - 1).astype(np.int64)
+        cells = np.clip(np.floor(np.clip(finite, -1e3, 1e3) / CELL) + CELLS // 2, 0, CELLS - 1).astype(
+            np.int64
+        )
         counts = np.zeros((2, CELLS), dtype=np.int64)
         np.add.at(counts, (labels.astype(np.int64), cells), 1)
         return cls(counts)

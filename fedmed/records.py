@@ -52,7 +52,9 @@ class Instruction:
     plans: dict[str, PrivacyPlan]
 
     @classmethod
-    def of(cls, config: RunConfig, plans: Mapping[str, PrivacyPlan], *, run_id: str, round: int) -> "Instruction":
+    def of(
+        cls, config: RunConfig, plans: Mapping[str, PrivacyPlan], *, run_id: str, round: int
+    ) -> "Instruction":
         """The instruction of a run's round."""
         return cls(
             run_id=run_id,
@@ -113,7 +115,8 @@ def read_instruction(content: RecordDict) -> tuple[Instruction, Arrays]:
         values[group] = parse(group, values.get(group, {}))
     values["training"] = from_dict(TrainingConfig, values.get("training", {}), where="training")
     values["plans"] = {
-        site: from_dict(PrivacyPlan, plan, where=f"plans.{site}") for site, plan in values.get("plans", {}).items()
+        site: from_dict(PrivacyPlan, plan, where=f"plans.{site}")
+        for site, plan in values.get("plans", {}).items()
     }
     names = {field.name for field in dataclasses.fields(Instruction)}
     if values.keys() != names:
@@ -173,7 +176,9 @@ def _values(name: str, content: RecordDict) -> dict[str, Any]:
     values = json.loads(str(content.config_records[name]["json"]))
     protocol = values.pop("protocol", None)
     if protocol != PROTOCOL:
-        raise ConfigError(f"protocol={protocol}: expected {PROTOCOL}; install the same fedmed version at both ends")
+        raise ConfigError(
+            f"protocol={protocol}: expected {PROTOCOL}; install the same fedmed version at both ends"
+        )
     return values
 
 

@@ -129,7 +129,9 @@ def _train_private(
     try:
         for _ in range(plan.steps_per_round):
             chunks = _chunks(data, plan, training, source)
-            private_step(wrapped, private, ((_losses(wrapped, data, rows), of, count) for rows, of, count in chunks))
+            private_step(
+                wrapped, private, ((_losses(wrapped, data, rows), of, count) for rows, of, count in chunks)
+            )
     finally:
         wrapped.remove_hooks()
         for p in model.parameters():
@@ -196,6 +198,8 @@ def _losses(model: nn.Module, data: LocalData, rows: Tensor) -> Tensor:
 
 
 def _optimizer(parameters: list[nn.Parameter], training: TrainingConfig) -> torch.optim.Optimizer:
+    # RunConfig has filled in the adapter's default.
+    assert training.learning_rate is not None
     if training.optimizer == "adam":
         return torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
     return torch.optim.SGD(

@@ -55,7 +55,9 @@ def add_commands(root: typer.Typer) -> None:
 
 def run(
     overrides: Overrides = None,
-    multirun: Annotated[bool, typer.Option("-m", "--multirun", help="Sweep over comma-separated values.")] = False,
+    multirun: Annotated[
+        bool, typer.Option("-m", "--multirun", help="Sweep over comma-separated values.")
+    ] = False,
 ) -> None:
     """Compose, check, run."""
     from fedmed.compose import compose, compose_sweep
@@ -122,10 +124,14 @@ def _check(config: "RunConfig") -> None:
             print(f"warning: site '{site}': {warning}", file=sys.stderr)
         for reason, count in data.manifest.quarantined.items():
             print(f"warning: site '{site}': {count} record(s) left out: {reason}", file=sys.stderr)
-    undeclared = {site: rows for site, rows in sites_in(config.task).items() if site not in config.task.declared_sizes}
+    undeclared = {
+        site: rows for site, rows in sites_in(config.task).items() if site not in config.task.declared_sizes
+    }
     if undeclared:
         total = sum(undeclared.values())
-        print(f"warning: {total} record(s) left out: their site is not in task.declared_sizes", file=sys.stderr)
+        print(
+            f"warning: {total} record(s) left out: their site is not in task.declared_sizes", file=sys.stderr
+        )
 
 
 def _run_local(config: "RunConfig", overrides: list[str]) -> None:

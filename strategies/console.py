@@ -4,7 +4,14 @@ import sys
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from fedmed.privacy.accounting import round_up
@@ -20,7 +27,9 @@ class RunConsole:
 
     def say(self, text: str, style: str = "") -> None:
         """One line."""
-        (self._bar.console if self._bar else self._console).print(text, style=style, markup=False, soft_wrap=True)
+        (self._bar.console if self._bar else self._console).print(
+            text, style=style, markup=False, soft_wrap=True
+        )
 
     def warn(self, text: str) -> None:
         """One line that stands out."""
@@ -61,7 +70,9 @@ class RunConsole:
         """The result: what was spent and what was learned, per site and overall."""
         privacy, test = summary["privacy"], summary["test"]
         references = summary["references"] or {}
-        table = Table(title=f"{summary['task']}: {summary['model']}, {summary['adapter']}, {summary['strategy']}")
+        table = Table(
+            title=f"{summary['task']}: {summary['model']}, {summary['adapter']}, {summary['strategy']}"
+        )
         table.add_column("site")
         table.add_column("declared\ntraining size", justify="right")
         if privacy["private"]:
@@ -102,7 +113,9 @@ def footnotes(summary: dict[str, Any]) -> list[str]:
     else:
         lines.append(f"NOT PRIVATE: {privacy['not_private_reason']}")
     if summary["references"]:
-        lines.append("references are trained to compare with and are not released; releasing one would cost epsilon again")
+        lines.append(
+            "references are trained to compare with and are not released; releasing one would cost epsilon again"
+        )
     return lines
 
 
@@ -128,7 +141,11 @@ def print_forecast(values: dict[str, Any]) -> None:
         table.add_column(name, justify="left" if name == "site" else "right")
     for site, plan in privacy["sites"].items():
         if privacy["private"]:
-            spent = [f"{round_up(plan['epsilon']):.2f}", f"{round_up(plan['epsilon_rdp']):.2f}", f"{plan['delta']:g}"]
+            spent = [
+                f"{round_up(plan['epsilon']):.2f}",
+                f"{round_up(plan['epsilon_rdp']):.2f}",
+                f"{plan['delta']:g}",
+            ]
         else:
             spent = ["NOT PRIVATE", "", ""]
         table.add_row(
@@ -137,14 +154,16 @@ def print_forecast(values: dict[str, Any]) -> None:
         )  # fmt: skip
     console.print(table)
     lines = [
-        f"bytes a round: {values['bytes_up_per_round']:,} up, {values['bytes_down_per_round']:,} down, all sites together",
+        f"bytes a round, all sites: {values['bytes_up_per_round']:,} up, {values['bytes_down_per_round']:,} down",
         f"measured here, one core, made-up records of the largest site: {seconds['step']:.3f} s a step, "
         f"{seconds['prepare']:.1f} s once to prepare, {seconds['training_per_site']:.1f} s of training a site",
         "nothing was trained and no record was opened to train on",
     ]
     if privacy["private"]:
         everywhere = privacy["consortium"]["all_sites"]["epsilon"]
-        lines.insert(0, f"epsilon: {privacy['adjacency']}; a patient at every site: {round_up(everywhere):.2f} (PLD)")
+        lines.insert(
+            0, f"epsilon: {privacy['adjacency']}; a patient at every site: {round_up(everywhere):.2f} (PLD)"
+        )
         lines.insert(1, privacy["in_words"])
     else:
         lines.insert(0, f"NOT PRIVATE: {privacy['not_private_reason']}")

@@ -51,7 +51,9 @@ class RunFolder:
         """
         path = Path(config.run_dir) if config.run_dir else _free(Path("runs"), config.name)
         if (path / "config.json").exists():
-            raise ConfigError(f"run_dir={path}: holds a run already; continue it with: fedmed run resume={path}")
+            raise ConfigError(
+                f"run_dir={path}: holds a run already; continue it with: fedmed run resume={path}"
+            )
         path.mkdir(parents=True, exist_ok=True)
         folder = cls(path)
         write_json(path / "plans.json", {site: to_dict(plan) for site, plan in plans.items()})

@@ -72,5 +72,7 @@ def _made_up(config: RunConfig, records: int) -> SiteDataset:
         labels=draws.integers(0, 2, size=records).astype(np.float32),
         patients=np.arange(records),
         test=np.zeros(records, dtype=bool),
-        manifest=Manifest(content_sha256="", reader="made up", records=records, patients=records, positives=0),
+        manifest=Manifest(
+            content_sha256="", reader="made up", records=records, patients=records, positives=0
+        ),
     )

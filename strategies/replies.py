@@ -27,7 +27,11 @@ def norm(delta: Arrays) -> float:
 
 
 def good_updates(
-    replies: Mapping[str, tuple[Receipt, Arrays]], expected: Arrays, *, round: int, weights: Mapping[str, int],
+    replies: Mapping[str, tuple[Receipt, Arrays]],
+    expected: Arrays,
+    *,
+    round: int,
+    weights: Mapping[str, int],
     norm_bound: float = 0.0,
 ) -> tuple[dict[str, Update], dict[str, str]]:
     """The usable updates, and why each other site's reply was dropped.

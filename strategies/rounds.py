@@ -60,7 +60,11 @@ class Loop:
             self.sent(number)
             replies, traffic = self.sites.train(instruction, progress.arrays, self.plans)
             updates, dropped = good_updates(
-                replies, progress.arrays, round=number, weights=weights, norm_bound=self.config.strategy.norm_bound
+                replies,
+                progress.arrays,
+                round=number,
+                weights=weights,
+                norm_bound=self.config.strategy.norm_bound,
             )
             dropped |= {site: "no answer" for site in self.plans if site not in replies}
             for site, reason in dropped.items():
@@ -76,7 +80,9 @@ class Loop:
             progress.round = number
             elapsed = time.monotonic() - began
             progress.seconds += elapsed
-            counts = self.sites.evaluate(instruction, progress.arrays, self.plans) if self.score_rounds else {}
+            counts = (
+                self.sites.evaluate(instruction, progress.arrays, self.plans) if self.score_rounds else {}
+            )
             progress.history.append(
                 self._entry(number, counts, dropped, list(updates))
                 | {"bytes_up": traffic.up, "bytes_down": traffic.down, "seconds": round(elapsed, 4)}
@@ -105,5 +111,7 @@ class Loop:
             "accuracy": result["accuracy"],
             "site_metrics": result["sites"],
             # Of the first `number` rounds of a plan that was fixed in advance.
-            "epsilon": {s: plan.epsilon(rounds=number) if private else None for s, plan in self.plans.items()},
+            "epsilon": {
+                s: plan.epsilon(rounds=number) if private else None for s, plan in self.plans.items()
+            },
         }

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from fedmed.atomic import write_json
 from fedmed.config import RunConfig
 from fedmed.errors import ConfigError
+from fedmed.metrics import ScoreCounts
 from fedmed.models.build import build as build_model
 from fedmed.models.classifier import Classifier
 from fedmed.models.export import export, write_card
@@ -50,7 +51,9 @@ def run(config: RunConfig, grid: Grid) -> Path:
         quotes = sites.connect(Instruction.of(config, plans, run_id="quote", round=0))
         for site, quote in quotes.items():
             if quote.declared_size != plans[site].declared_size:
-                raise ConfigError(f"site '{site}' declares {quote.declared_size} patients, the run another number")
+                raise ConfigError(
+                    f"site '{site}' declares {quote.declared_size} patients, the run another number"
+                )
         folder = folder or RunFolder.create(config, plans)
         _say_start(console, config, plans, folder)
         ok, where = False, None
@@ -90,7 +93,8 @@ def _plans(config: RunConfig, folder: RunFolder | None) -> dict[str, PrivacyPlan
         return {site: make_plan(config, site) for site in config.task.declared_sizes}
     # Fewer rounds than planned are charged as planned: PLD holds for the plan that was fixed in advance.
     return {
-        site: dataclasses.replace(plan, rounds=max(plan.rounds, config.rounds)) for site, plan in folder.plans().items()
+        site: dataclasses.replace(plan, rounds=max(plan.rounds, config.rounds))
+        for site, plan in folder.plans().items()
     }
 
 
@@ -143,7 +147,7 @@ def _references(
 ) -> dict[str, Any]:
     """What each site would reach alone, under the same plan, and what all would reach without privacy."""
     console.say("references: each site alone, and all sites without privacy")
-    alone = {}
+    alone: dict[str, ScoreCounts] = {}
     for site, plan in plans.items():
         loop = Loop(config, sites, {site: plan}, "local-only", score_rounds=False)
         progress = loop.run(Progress(round=0, arrays=model.initialise(config.seed)), until=config.rounds)
@@ -175,7 +179,9 @@ def _tracked(entry: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in figures.items() if value is not None}
 
 
-def _say_start(console: RunConsole, config: RunConfig, plans: dict[str, PrivacyPlan], folder: RunFolder) -> None:
+def _say_start(
+    console: RunConsole, config: RunConfig, plans: dict[str, PrivacyPlan], folder: RunFolder
+) -> None:
     plan = next(iter(plans.values()))
     console.say(f"run folder: {folder.path}")
     reason = config.not_private_reason()

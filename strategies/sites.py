@@ -64,7 +64,9 @@ class Sites:
             self.nodes[quote.site] = node
         missing = wanted - quotes.keys()
         if missing:
-            raise RunError(f"no answer from {', '.join(sorted(missing))} within {self.timeout:g} s; is the site online?")
+            raise RunError(
+                f"no answer from {', '.join(sorted(missing))} within {self.timeout:g} s; is the site online?"
+            )
         return quotes
 
     def train(
@@ -73,7 +75,9 @@ class Sites:
         """Send a round to some sites; the receipts and updates of those that answered in time."""
         return self._by_site(sites, MessageType.TRAIN, instruction_record(instruction, arrays), read_update)
 
-    def evaluate(self, instruction: Instruction, arrays: Arrays, sites: Iterable[str]) -> dict[str, ScoreCounts]:
+    def evaluate(
+        self, instruction: Instruction, arrays: Arrays, sites: Iterable[str]
+    ) -> dict[str, ScoreCounts]:
         """Exact score counts of an adapter on the sites' held-out patients."""
         content = instruction_record(instruction, arrays)
         replies, _ = self._by_site(sites, MessageType.EVALUATE, content, read_scores)

@@ -36,7 +36,9 @@ def run_sweep(jobs: list[Job], run: Callable[[RunConfig, list[str]], None]) -> N
         except FedmedError as error:
             failed[index] = str(error)
             console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-    rows = [_row(root / str(index), overrides, failed.get(index)) for index, (overrides, _) in enumerate(jobs)]
+    rows = [
+        _row(root / str(index), overrides, failed.get(index)) for index, (overrides, _) in enumerate(jobs)
+    ]
     total = _composed([config for _, config in jobs])
     root.mkdir(parents=True, exist_ok=True)
     write_json(root / "sweep.json", {"jobs": rows, "epsilon_of_all_jobs": total})

@@ -32,7 +32,11 @@ def build_app() -> typer.Typer:
 
 def main() -> None:
     """Run a command. Exit codes: 0 done, 1 failed, 2 a wrong setting or input, 130 interrupted."""
-    for name, value in (("HF_HUB_OFFLINE", "1"), ("FLWR_TELEMETRY_ENABLED", "0"), ("TOKENIZERS_PARALLELISM", "false")):
+    for name, value in (
+        ("HF_HUB_OFFLINE", "1"),
+        ("FLWR_TELEMETRY_ENABLED", "0"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+    ):
         os.environ.setdefault(name, value)
     try:
         build_app()(standalone_mode=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from omegaconf import OmegaConf
+import yaml  # type: ignore[import-untyped, unused-ignore]
 
 from fedmed.config import TableTaskConfig
 from fedmed.data.table import blank_cells, has_header, numbers_in, read_csv
@@ -152,18 +152,7 @@ def fill(task: TableTaskConfig, *, declared: Collection[str] = ()) -> TableTaskC
 
 def to_yaml(declaration: dict[str, Any]) -> str:
     """The declaration as a file for `task.declaration=FILE`, under a header that tells what to review."""
-    return HEADER + OmegaConf.to_yaml(OmegaConf.create(_literal(declaration)))
-
-
-def _literal(value: Any) -> Any:
-    """The value with every text read back as it is: OmegaConf would resolve `${…}`."""
-    if isinstance(value, dict):
-        return {key: _literal(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_literal(item) for item in value]
-    if isinstance(value, str):
-        return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", value)
-    return value
+    return HEADER + yaml.safe_dump(declaration, sort_keys=False, allow_unicode=True, width=110)
 
 
 def _role(table: pd.DataFrame, role: str, name: str | None) -> str:
@@ -261,7 +250,7 @@ def _column(name: str, cells: pd.Series) -> tuple[dict[str, Any] | None, str]:
     phrases = {"phrase": words.replace("{", "{{").replace("}", "}}") + " {value}"}
     if len(numbers) and len(numbers) >= NUMERIC_SHARE * len(present):
         if _numbered(numbers):
-            return None, "an identifier: whole numbers in a row, each once"
+            return None, "an identifier: counts the records"
         phrases |= {"blank": f"{words} not recorded"} if len(present) < len(cells) else {}
         low, high = widen(numbers.min(), numbers.max())
         other = len(present) - len(numbers)
@@ -283,9 +272,10 @@ def _column(name: str, cells: pd.Series) -> tuple[dict[str, Any] | None, str]:
 
 
 def _numbered(numbers: np.ndarray) -> bool:
-    """Whether these are the numbers of records: whole, in a row, each once."""
-    whole = len(numbers) > 10 and bool((numbers == np.round(numbers)).all())
-    return whole and len(np.unique(numbers)) == len(numbers) == numbers.max() - numbers.min() + 1
+    """Whether these count the records: each whole number once, from 0 or 1."""
+    return len(numbers) > 10 and any(
+        np.array_equal(np.sort(numbers), np.arange(first, first + len(numbers))) for first in (0, 1)
+    )
 
 
 def _decimals(cells: pd.Series) -> int:

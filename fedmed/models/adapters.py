@@ -64,6 +64,10 @@ def _targets(encoder: nn.Module, adapter: AdapterConfig) -> list[str]:
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] in wanted
     ]
     if not names:
-        linear = sorted({n.rpartition(".")[2] for n, m in blocks[first].named_modules() if isinstance(m, nn.Linear)})
-        raise ModelError(f"adapter.targets={list(wanted)}: no such layer; the blocks have {', '.join(linear)}")
+        linear = sorted(
+            {n.rpartition(".")[2] for n, m in blocks[first].named_modules() if isinstance(m, nn.Linear)}
+        )
+        raise ModelError(
+            f"adapter.targets={list(wanted)}: no such layer; the blocks have {', '.join(linear)}"
+        )
     return names

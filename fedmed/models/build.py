@@ -25,9 +25,7 @@ def _build(task_json: str, model_json: str, adapter_json: str) -> Classifier:
     model = parse("model", json.loads(model_json))
     adapter = parse("adapter", json.loads(adapter_json))
     built: Classifier = (
-        TabularClassifier(task, model)
-        if model.kind == "tabular"
-        else TextClassifier(task, model, adapter)
+        TabularClassifier(task, model) if model.kind == "tabular" else TextClassifier(task, model, adapter)
     )
     # Training changes the adapter in place; `initialise` goes back to these copies.
     built.built = {name: p.detach().clone() for name, p in built.adapter().items()}

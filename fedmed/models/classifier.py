@@ -87,11 +87,16 @@ class TabularClassifier(Classifier):
 class TextClassifier(Classifier):
     """A pretrained encoder, pooled, centred by public constants, and a linear head."""
 
+    mean: Tensor
+    projection: Tensor
+
     def __init__(self, task: TableTaskConfig, model: TextModelConfig, adapter: AdapterConfig) -> None:
         super().__init__()
         self.config = model
         encoder, self.tokenizer = load_encoder(model)
-        self.limit = min(model.max_tokens, getattr(encoder.config, "max_position_embeddings", model.max_tokens))
+        self.limit = min(
+            model.max_tokens, getattr(encoder.config, "max_position_embeddings", model.max_tokens)
+        )
         self.model_type: str = encoder.config.model_type
         self.encoder = encoder
         width = int(encoder.config.hidden_size)
@@ -116,7 +121,8 @@ class TextClassifier(Classifier):
     ) -> Tensor:
         """(records,) logits; from stored `features` where only the head is trained, or from a stored `state`."""
         if features is None:
-            assert input_ids is not None and attention_mask is not None
+            assert input_ids is not None
+            assert attention_mask is not None
             if state is None or self.cut is None:
                 hidden = self._encode(input_ids, attention_mask)
             else:

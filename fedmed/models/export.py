@@ -58,7 +58,10 @@ def export(model: Classifier, arrays: Arrays, config: RunConfig, folder: Path) -
 def write_card(summary: dict[str, Any], config: RunConfig, path: Path) -> None:
     """The model card: what it is, what it was trained on, what it cost in privacy, how to use it."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fedmed.models", "."), trim_blocks=True, lstrip_blocks=True, autoescape=False
+        loader=jinja2.PackageLoader("fedmed.models", "."),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,
     )
     environment.filters["epsilon"] = lambda value: f"{round_up(value):.2f}"
     environment.filters["figure"] = lambda value: "one class" if value is None else f"{value:.3f}"

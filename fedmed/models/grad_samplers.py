@@ -1,15 +1,17 @@
-"""Per-sample gradient rules for modules that hold parameters of their own and that Opacus does not know."""
+"""Per-sample gradient rules that Opacus lacks, or that differ from PyTorch's gradient."""
 
 from collections.abc import Callable
 
-import torch
 from opacus.grad_sample import register_grad_sampler
+from opacus.grad_sample.embedding import compute_embedding_grad_sample
 from torch import Tensor, nn
 from transformers.models.vit.modeling_vit import ViTEmbeddings
 
 
 @register_grad_sampler(ViTEmbeddings)
-def vit_embeddings(layer: nn.Module, _activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+def vit_embeddings(
+    layer: nn.Module, _activations: list[Tensor], backprops: Tensor
+) -> dict[nn.Parameter, Tensor]:
     """`output = [cls_token; patches] + position_embeddings`, so both gradients are slices of the output's.
 
     Args:
@@ -19,10 +21,24 @@ def vit_embeddings(layer: nn.Module, _activations: list[Tensor], backprops: Tens
         "position_embeddings": lambda: backprops.unsqueeze(1),
         "cls_token": lambda: backprops[:, :1].unsqueeze(1),
         # Used only with masked patches, which no task here has.
-        "mask_token": lambda: torch.zeros(len(backprops), *layer.mask_token.shape, dtype=backprops.dtype),
+        "mask_token": lambda: torch.zeros(
+            len(backprops), *tuple(layer.mask_token.shape), dtype=backprops.dtype
+        ),
     }
     return {
         parameter: rules[name]()
         for name, parameter in layer.named_parameters(recurse=False)
         if parameter.requires_grad
     }
+
+
+@register_grad_sampler(nn.Embedding)
+def embedding(
+    layer: nn.Embedding, activations: list[Tensor], backprops: Tensor
+) -> dict[nn.Parameter, Tensor]:
+    """Opacus's rule, with no gradient for the padding token: PyTorch gives it none."""
+    gradients = compute_embedding_grad_sample(layer, activations, backprops)
+    if layer.padding_idx is not None:
+        for gradient in gradients.values():
+            gradient[:, layer.padding_idx] = 0
+    return gradients

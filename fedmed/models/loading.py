@@ -65,9 +65,13 @@ def load_encoder(config: TextModelConfig) -> tuple[Any, Any]:
             folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype="float32"
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model.path={folder}: transformers cannot load it ({type(error).__name__})") from None
+        raise ModelError(
+            f"model.path={folder}: transformers cannot load it ({type(error).__name__})"
+        ) from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError):
-        raise ModelError(f"model.path={folder}: no tokenizer in it; a '{kind}' model does not read text") from None
+        raise ModelError(
+            f"model.path={folder}: no tokenizer in it; a '{kind}' model does not read text"
+        ) from None
     return encoder.eval(), tokenizer

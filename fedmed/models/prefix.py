@@ -30,9 +30,9 @@ def transformer_blocks(encoder: nn.Module) -> tuple[str, nn.ModuleList]:
     """
     best: tuple[str, nn.ModuleList] | None = None
     for name, module in encoder.named_modules():
-        if isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1:
-            if best is None or len(module) > len(best[1]):
-                best = (name, module)
+        uniform = isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1
+        if uniform and (best is None or len(module) > len(best[1])):
+            best = (name, module)
     if best is None:
         raise ModelError(f"{type(encoder).__name__}: no list of transformer blocks found")
     return best
@@ -77,7 +77,9 @@ def replayed(encoder: nn.Module, cut: int, state: Tensor) -> Iterator[None]:
     _, blocks = transformer_blocks(encoder)
     skipped = [blocks[index] for index in range(cut)]
 
-    def inject(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def inject(
+        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
             return (state, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": state}

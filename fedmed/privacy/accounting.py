@@ -30,7 +30,9 @@ def epsilon_of(event: DpEvent, *, delta: float, accountant: str = BINDING) -> fl
     try:
         ledger.compose(event)
     except UnsupportedEventError:
-        raise PrivacyError(f"the {accountant} accountant cannot compose {type(event).__name__}; refused") from None
+        raise PrivacyError(
+            f"the {accountant} accountant cannot compose {type(event).__name__}; refused"
+        ) from None
     return float(ledger.get_epsilon(delta))
 
 

@@ -16,7 +16,6 @@ from fedmed.errors import PrivacyError
 from fedmed.privacy.plan import PrivacyPlan
 from fedmed.privacy.randomness import RandomSource
 
-
 # The head's input needs no gradient, which is what the cache is for; the hook's result is right all the same.
 warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
 
@@ -56,7 +55,9 @@ def combine_patients(grad_sample: Tensor, patient_of_record: Tensor, patients: i
     Returns:
         (patients, *shape).
     """
-    combined = torch.zeros(patients, *grad_sample.shape[1:], dtype=grad_sample.dtype, device=grad_sample.device)
+    combined = torch.zeros(
+        patients, *grad_sample.shape[1:], dtype=grad_sample.dtype, device=grad_sample.device
+    )
     combined.index_add_(0, patient_of_record, grad_sample)
     counts = torch.bincount(patient_of_record, minlength=patients).clamp(min=1).to(grad_sample.dtype)
     return combined / counts.view(-1, *[1] * (combined.dim() - 1))
@@ -99,7 +100,7 @@ def private_step(
 
 def _accumulate(optimizer: PatientOptimizer, parameters: list[nn.Parameter], combined: list[Tensor]) -> None:
     for p, gradient in zip(parameters, combined, strict=True):
-        p.grad_sample = gradient
+        p.grad_sample = gradient  # type: ignore[attr-defined]
     optimizer.signal_skip_step(do_skip=True)
     optimizer.step()
     # Clears the per-patient gradients and keeps their clipped sum.

@@ -100,7 +100,9 @@ def make_plan(config: RunConfig, site: str) -> PrivacyPlan:
     """
     task, privacy, training = config.task, config.privacy, config.training
     if site not in task.declared_sizes:
-        raise PrivacyError(f"task.declared_sizes: no public size for site '{site}'; add task.declared_sizes.{site}=…")
+        raise PrivacyError(
+            f"task.declared_sizes: no public size for site '{site}'; add task.declared_sizes.{site}=…"
+        )
     size = task.declared_train(site)
     plan = PrivacyPlan(
         unit=task.unit,

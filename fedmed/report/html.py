@@ -49,7 +49,7 @@ def write_report(summary: dict[str, Any], history: list[dict[str, Any]], path: P
         lstrip_blocks=True,
     )
     environment.filters |= {"epsilon": epsilon_text, "delta": delta_text, "figure": figure_text}
-    figures = plots.draw(summary, history, runs, claim=claim(privacy) if privacy["private"] else "")
+    figures = plots.draw(privacy, history, runs, claim=claim(privacy) if privacy["private"] else "")
     text = environment.get_template("report.html.j2").render(
         summary=summary,
         privacy=privacy,

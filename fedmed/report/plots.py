@@ -21,10 +21,6 @@ STYLE: Any = {
     "text.parse_math": False,
     "svg.hashsalt": "fedmed",
     "font.size": 9,
-    "axes.grid": True,
-    "grid.color": MUTED,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
 } | dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
 Entries = Sequence[Mapping[str, Any]]
 
@@ -39,7 +35,7 @@ class Plot:
     wide: bool = False
 
 
-def draw(summary: Mapping[str, Any], history: Entries, runs: Mapping[str, Any], *, claim: str) -> list[Plot]:
+def draw(privacy: Mapping[str, Any], history: Entries, runs: Mapping[str, Any], *, claim: str) -> list[Plot]:
     """The figures of a run. `claim` stands beside epsilon; without one (NOT PRIVATE) no epsilon is drawn."""
     import matplotlib
 
@@ -48,13 +44,12 @@ def draw(summary: Mapping[str, Any], history: Entries, runs: Mapping[str, Any], 
         # The browser draws the text: a letter that Matplotlib's font lacks is no loss.
         warnings.filterwarnings("ignore", message="Glyph")
         if history:
-            plots.append(
-                _auc_per_round(summary["privacy"], history, runs, wide=bool(claim) == (len(runs) > 1))
-            )
+            # The first of an odd number of figures has a row of its own.
+            plots.append(_auc_per_round(privacy, history, runs, wide=bool(claim) == (len(runs) > 1)))
         if history and claim:
-            plots.append(_epsilon_per_round(summary["privacy"], history, claim))
+            plots.append(_epsilon_per_round(privacy, history, claim))
         if len(runs) > 1:
-            plots.append(_auc_by_site(runs))
+            plots.append(_auc_by_site(privacy, runs))
     return plots
 
 
@@ -85,46 +80,44 @@ def _epsilon_per_round(privacy: Mapping[str, Any], history: Entries, claim: str)
     if cap is None:
         cap, what = privacy["consortium"]["one_site"]["epsilon"], "charged for the whole plan"
     axes.axhline(cap, color=INK, linewidth=1.4, dashes=DASHES[0])
-    axes.set(xlabel="round", ylabel=f"epsilon spent ({privacy['accountant'].upper()})")
-    axes.set_ylim(bottom=0)
+    axes.set(xlabel="round", ylabel=f"epsilon spent ({privacy['accountant'].upper()})", ylim=(0, None))
     # In the figure too: a figure is copied without its caption.
     axes.set_title(textwrap.fill(claim, 72), fontsize=7.5, loc="left", color=MUTED)
     alt = f"Line chart of the epsilon spent at each site, by round; {what}: {round_up(cap):.2f} ({claim})"
-    svg = _svg(figure, axes, [*names, what], columns=3)
-    return Plot(svg, "Epsilon spent per round", alt)
+    return Plot(_svg(figure, axes, [*names, what], columns=3), "Epsilon spent per round", alt)
 
 
-def _auc_by_site(runs: Mapping[str, Any]) -> Plot:
-    rows = [*runs["federated"]["sites"], "all sites"]
+def _auc_by_site(privacy: Mapping[str, Any], runs: Mapping[str, Any]) -> Plot:
+    rows = [*privacy["sites"], "all sites"]
     figure, axes = _canvas(4.8, 1.4 + 0.36 * len(rows))
     empty = set(range(len(rows)))
-    for marker, run in zip(MARKERS, runs.values(), strict=False):
+    # Each run a little lower, so that equal values are all seen.
+    for marker, run, lower in zip(MARKERS, runs.values(), (-0.2, 0.0, 0.2), strict=False):
         values = [run["sites"].get(site, {}).get("auc") for site in rows[:-1]] + [run["auc"]]
         drawn = {row: value for row, value in enumerate(values) if value is not None}
         empty -= drawn.keys()
-        face = INK if marker == MARKERS[0] else "none"
-        axes.plot(
-            list(drawn.values()), list(drawn), marker, color=INK, markerfacecolor=face, markersize=8, zorder=3
-        )
+        look = {"color": INK, "markerfacecolor": INK if marker == MARKERS[0] else "none", "markersize": 7}
+        axes.plot(list(drawn.values()), [row + lower for row in drawn], marker, **look)
     for row in empty:
         axes.text(0.02, row, "no AUC", va="center", color=MUTED, transform=axes.get_yaxis_transform())
     axes.set_yticks(range(len(rows)), [_short(row) for row in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.axhspan(len(rows) - 1.5, len(rows) - 0.5, color=MUTED, alpha=0.12, linewidth=0)
-    axes.set_xlabel("AUC (0 to 1, exact)")
+    axes.set(xlabel="AUC (0 to 1, exact)", ylim=(len(rows) - 0.5, -0.5))
+    axes.locator_params(axis="x", nbins=6)
     alt = f"Dot chart of the exact AUC per site: {', '.join(runs)}; the values stand in the table of results"
     return Plot(_svg(figure, axes, list(runs), columns=3), "AUC per site", alt)
 
 
 def _site_lines(axes: Any, history: Entries, privacy: Any, value: Callable[..., float | None]) -> list[str]:
     """Thin curves; their names. Markers are staggered, so that curves that coincide are all seen."""
-    step, names = max(1, len(history) // 5), []
+    count, names = len(privacy["sites"]), []
+    step = max(count, len(history) // 5)
     # By the place in the plan, so that a site looks the same in every figure.
     for index, site in enumerate(privacy["sites"]):
         points = [(entry["round"], y) for entry in history if (y := value(entry, site)) is not None]
         if points:
             look = {"color": SERIES[index % len(SERIES)], "marker": MARKERS[index % len(MARKERS)]}
-            every = (index * step // len(privacy["sites"]), step)
+            every = (index * step // count % len(points), step)
             axes.plot(*zip(*points, strict=True), **look, markersize=5, linewidth=1.2, markevery=every)
             names.append(site)
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -137,6 +130,7 @@ def _canvas(width: float, height: float) -> tuple[Any, Any]:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color=MUTED, alpha=0.25)
     return figure, axes
 
 
@@ -145,8 +139,8 @@ def _short(name: str) -> str:
 
 
 def _svg(figure: Any, axes: Any, names: Sequence[str], *, columns: int) -> str:
-    lines = axes.get_lines()
-    legend = figure.legend(lines, map(str, range(len(lines))), loc="outside lower center", ncols=columns)
+    lines, places = axes.get_lines(), {"loc": "outside lower center", "ncols": columns, "frameon": False}
+    legend = figure.legend(lines, map(str, range(len(lines))), **places)
     for text, name in zip(legend.get_texts(), names, strict=True):
         # Set afterwards: Matplotlib leaves out a label that begins with an underscore.
         text.set_text(_short(name))

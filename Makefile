@@ -1,0 +1,50 @@
+# Everything runs in .venv, made by pip: pip takes the CPU build of torch where one is offered.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+EXTRAS := demo,coordinator,dev
+
+export HF_HUB_OFFLINE := 1
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
+export OMP_NUM_THREADS := 1
+
+.PHONY: help install demo test lint types test-full test-system constraints clean
+
+help:  ## Show this help
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | column -t -s '	'
+
+install: $(STAMP)  ## Create .venv and install fedmed with every extra that demo and tests use
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] < (3, 14), "Python 3.11 to 3.13 is needed"'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	touch $(STAMP)
+
+demo: install  ## Four hospitals fine-tune a pretrained transformer under differential privacy
+	$(BIN)/fedmed run experiment=demo
+
+lint: install  ## Format and lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: install  ## Type check
+	$(BIN)/mypy
+
+test: lint types  ## Lint, types and tests, at most 10 minutes
+	$(BIN)/python -m pytest
+
+test-full: install  ## The same tests at the full counts
+	FEDMED_TEST_FULL=1 $(BIN)/python -m pytest
+
+test-system: install  ## What needs a browser: the report, looked at by Chromium
+	./tests/system/run
+
+constraints: install  ## Write the versions of .venv to constraints.txt
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' | grep -v -E '^(nvidia|triton)' > constraints.txt
+
+clean:  ## Remove what the commands above made
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist *.egg-info

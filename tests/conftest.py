@@ -1,0 +1,64 @@
+"""What many tests share: tiny models saved to disk, and small declared tables."""
+
+import hashlib
+import os
+from pathlib import Path
+
+# Before torch is imported anywhere: one thread, as every worker process has.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+FULL = bool(os.environ.get("FEDMED_TEST_FULL"))
+
+
+def count(reduced: int, full: int) -> int:
+    """How often to repeat: the reduced count in `make test`, the full one in `make test-full`."""
+    return full if FULL else reduced
+
+
+@pytest.fixture(autouse=True)
+def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Site keys of a test stay in its folder."""
+    monkeypatch.setenv("FEDMED_HOME", str(tmp_path / "fedmed-home"))
+
+
+WORDS = "age old young male female pain no chest blood pressure high low normal abnormal not recorded".split()
+
+
+@pytest.fixture(scope="session")
+def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT of 4 blocks and width 32 with a word tokenizer, saved as transformers saves it."""
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("bert")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ",", ".", *WORDS, *map(str, range(300))]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=4, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=64,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def sha256(path: Path) -> str:
+    """The digest that a model configuration pins."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="session")
+def hf_overrides(bert_folder: Path) -> list[str]:
+    """The settings that select the tiny BERT through the real path."""
+    return [
+        "model=hf",
+        f"model.path={bert_folder}",
+        f"model.sha256={sha256(bert_folder / 'model.safetensors')}",
+        "model.max_tokens=32",
+    ]

@@ -1,0 +1,100 @@
+"""Epsilon against dp-accounting called independently, and against the closed form of Gaussian DP."""
+
+import math
+
+import dp_accounting
+import pytest
+from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
+from scipy.optimize import brentq
+from scipy.stats import norm
+
+from fedmed.errors import PrivacyError
+from fedmed.privacy.accounting import calibrate_noise, composed_epsilon, epsilon_of, round_up
+from fedmed.privacy.plan import PrivacyPlan
+
+
+def make(**changes: object) -> PrivacyPlan:
+    values: dict[str, object] = {
+        "unit": "patient", "declared_size": 200, "sample_rate": 0.2, "records_per_patient": 1, "max_grad_norm": 0.5,
+        "noise_multiplier": 2.0, "steps_per_round": 5, "rounds": 8, "delta": 1e-4,
+    }  # fmt: skip
+    return PrivacyPlan(**(values | changes))  # type: ignore[arg-type]
+
+
+def independent(plan: PrivacyPlan, accountant: type) -> float:
+    """The same claim, composed step by step by a caller who knows nothing of PrivacyPlan."""
+    ledger = accountant(neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    step = dp_accounting.PoissonSampledDpEvent(
+        plan.sample_rate, dp_accounting.GaussianDpEvent(plan.noise_multiplier)
+    )
+    ledger.compose(step, plan.rounds * plan.steps_per_round)
+    return float(ledger.get_epsilon(plan.delta))
+
+
+@pytest.mark.parametrize("changes", [{}, {"sample_rate": 1.0}, {"noise_multiplier": 5.0, "delta": 1e-5}])
+@pytest.mark.parametrize(("name", "accountant"), [("pld", PLDAccountant), ("rdp", RdpAccountant)])
+def test_epsilon_agrees_with_dp_accounting(changes: dict[str, float], name: str, accountant: type) -> None:
+    plan = make(**changes)
+    assert plan.epsilon(accountant=name) == pytest.approx(independent(plan, accountant), rel=0.01)
+
+
+@pytest.mark.parametrize(("noise", "steps"), [(10.0, 10), (4.0, 10), (2.4, 20)])
+def test_full_batches_agree_with_the_closed_form_of_gaussian_dp(noise: float, steps: int) -> None:
+    """Dong, Roth and Su 2022, corollary 2.13, with mu = sqrt(steps) / noise."""
+    mu, delta = math.sqrt(steps) / noise, 1e-4
+
+    def excess(epsilon: float) -> float:
+        return norm.cdf(-epsilon / mu + mu / 2) - math.exp(epsilon) * norm.cdf(-epsilon / mu - mu / 2) - delta
+
+    exact = brentq(excess, 0, 50)
+    plan = make(sample_rate=1.0, noise_multiplier=noise, steps_per_round=1, rounds=steps)
+    assert plan.epsilon() == pytest.approx(exact, rel=0.01)
+    assert plan.epsilon() >= exact * 0.9999
+
+
+@pytest.mark.parametrize("epsilon", [1.0, 8.0])
+@pytest.mark.parametrize(("sample_rate", "steps"), [(1.0, 10), (0.1, 100), (0.02, 300)])
+def test_calibration_never_exceeds_its_target_and_wastes_less_than_one_percent(
+    epsilon: float, sample_rate: float, steps: int
+) -> None:
+    plan = make(sample_rate=sample_rate, steps_per_round=1, rounds=steps).calibrate(epsilon=epsilon)
+    spent = independent(plan, PLDAccountant)
+    assert 0.99 * epsilon <= spent <= epsilon * (1 + 1e-9)
+
+
+def test_calibrating_for_fewer_steps_than_are_run_is_caught() -> None:
+    """The deliberately broken variant: noise for half of the steps."""
+    broken = calibrate_noise(epsilon=3.0, delta=1e-4, sample_rate=1.0, steps=5)
+    plan = make(sample_rate=1.0, steps_per_round=1, rounds=10, noise_multiplier=broken)
+    assert independent(plan, PLDAccountant) > 3.3
+
+
+def test_later_rounds_cost_more_and_all_rounds_cost_the_whole_plan() -> None:
+    plan = make()
+    spent = [plan.epsilon(rounds=r) for r in range(plan.rounds + 1)]
+    assert spent[0] == 0
+    assert spent == sorted(spent)
+    assert spent[-1] == plan.epsilon()
+
+
+def test_a_patient_at_two_sites_pays_for_both() -> None:
+    plan = make(sample_rate=1.0)
+    both = composed_epsilon([plan.event(), plan.event()], delta=plan.delta)
+    assert both == pytest.approx(independent(make(sample_rate=1.0, rounds=16), PLDAccountant), rel=0.01)
+    assert both > plan.epsilon()
+
+
+def test_no_noise_is_infinite_epsilon() -> None:
+    assert make(noise_multiplier=0.0).epsilon() == math.inf
+
+
+def test_an_event_that_cannot_be_accounted_is_refused() -> None:
+    with pytest.raises(PrivacyError, match="cannot compose"):
+        epsilon_of(dp_accounting.UnsupportedDpEvent(), delta=1e-4)
+
+
+@pytest.mark.parametrize("value", [2.9912, 3.0, 0.0049, 7.999999])
+def test_a_printed_epsilon_is_never_below_what_was_spent(value: float) -> None:
+    assert round_up(value) >= value - 1e-9
+    assert round_up(value) < value + 0.01

@@ -1,0 +1,263 @@
+"""Patient-level DP-SGD against one-patient-at-a-time backward passes, and variants that must be caught."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from opacus.grad_sample import GradSampleModule
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import BertConfig, BertModel, ViTConfig, ViTModel
+
+from fedmed.config import AdapterConfig
+from fedmed.errors import PrivacyError
+from fedmed.models.adapters import add_adapter
+from fedmed.models.classifier import Classifier
+from fedmed.privacy.dpsgd import PatientOptimizer, check_sound, combine_patients, drop_non_finite, private_step
+from fedmed.privacy.randomness import RandomSource, seeded
+from tests.fedmed.privacy.test_accounting import make
+
+CLIP = 0.5
+PATIENTS = torch.tensor([0, 0, 0, 1, 1, 2, 3, 3, 3, 3, 4, 5])
+LABELS = torch.tensor([0, 1, 0, 1, 1, 0, 1, 0, 0, 1, 1, 0.0])
+
+
+class Encoded(Classifier):
+    """An encoder's first token through a linear head."""
+
+    def __init__(self, encoder: nn.Module, positions: bool) -> None:
+        super().__init__()
+        self.encoder, self.positions = encoder, positions
+        self.head = nn.Linear(32, 1)
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        if self.positions:
+            ids = inputs["input_ids"]
+            inputs = {**inputs, "position_ids": torch.arange(ids.shape[1]).expand(len(ids), -1)}
+        return self.head(self.encoder(**inputs).last_hidden_state[:, 0]).squeeze(-1)
+
+
+def network(family: str, adapter: AdapterConfig) -> tuple[Encoded, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+    if family == "bert":
+        encoder: nn.Module = BertModel(BertConfig(vocab_size=50, **sizes))
+        mask = (torch.arange(7)[None] < torch.randint(3, 8, (12, 1))).long()
+        inputs = {"input_ids": torch.randint(0, 50, (12, 7)), "attention_mask": mask}
+    else:
+        encoder = ViTModel(ViTConfig(image_size=16, patch_size=4, num_channels=1, **sizes))
+        inputs = {"pixel_values": torch.randn(12, 1, 16, 16)}
+    model = Encoded(add_adapter(encoder, adapter), family == "bert")
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    model.training_mode()
+    return model, inputs
+
+
+def losses(model: nn.Module, inputs: dict[str, Tensor], rows: Tensor) -> Tensor:
+    logits = model(**{name: value[rows] for name, value in inputs.items()})
+    return functional.binary_cross_entropy_with_logits(logits, LABELS[rows], reduction="none")
+
+
+def slow_clipped_sum(model: Encoded, inputs: dict[str, Tensor], clip: float) -> dict[str, Tensor]:
+    """The reference: one backward pass a patient, mean over the patient's records, clip, sum."""
+    total = {name: torch.zeros_like(p) for name, p in model.adapter().items()}
+    for patient in PATIENTS.unique():
+        loss = losses(model, inputs, (PATIENTS == patient).nonzero().squeeze(-1)).mean()
+        gradients = torch.autograd.grad(loss, list(model.adapter().values()), allow_unused=True)
+        filled = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, total.values(), strict=True)]
+        norm = torch.sqrt(sum((g**2).sum() for g in filled))
+        for name, gradient in zip(total, filled, strict=True):
+            total[name] += gradient * min(1.0, clip / (norm.item() + 1e-6))
+    return total
+
+
+def chunks(
+    model: nn.Module, inputs: dict[str, Tensor], cuts: list[list[int]]
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """The batch in pieces, each a list of patients; one forward pass at a time, as training does it."""
+    for patients in cuts:
+        rows = torch.cat([(PATIENTS == p).nonzero().squeeze(-1) for p in patients])
+        numbers = torch.tensor([patients.index(int(p)) for p in PATIENTS[rows]])
+        yield losses(model, inputs, rows), numbers, len(patients)
+
+
+class Silent:
+    """A source whose Gaussian is zero: what is left is the clipped sum over the divisor."""
+
+    @staticmethod
+    def normal(count: int) -> np.ndarray:
+        return np.zeros(count)
+
+
+def step(
+    model: Encoded, batch: Callable[[nn.Module], Iterable[tuple[Tensor, Tensor, int]]], *, source: object = Silent, noise: float = 1.0
+) -> dict[str, Tensor]:
+    """The gradient that one private step applies, by parameter."""
+    plan = make(sample_rate=0.5, declared_size=12, max_grad_norm=CLIP, noise_multiplier=noise)
+    optimizer = PatientOptimizer(
+        torch.optim.SGD(model.adapter().values(), lr=1.0), plan=plan, source=source  # type: ignore[arg-type]
+    )
+    seen: dict[str, Tensor] = {}
+    optimizer.attach_step_hook(lambda _: seen.update({n: p.grad.clone() for n, p in model.adapter().items()}))
+    before = {name: p.detach().clone() for name, p in model.adapter().items()}
+    wrapped = GradSampleModule(model, loss_reduction="sum")
+    private_step(wrapped, optimizer, batch(wrapped))
+    wrapped.remove_hooks()
+    assert optimizer.noise_draws == 1
+    for name, p in model.adapter().items():
+        assert torch.allclose(p, before[name] - seen[name])
+    return seen
+
+
+ADAPTERS = {
+    "lora": AdapterConfig(kind="lora", rank=4, last_blocks=2),
+    "ffa_lora": AdapterConfig(kind="ffa_lora", rank=4, last_blocks=2),
+    "head": AdapterConfig(kind="head"),
+    "full": AdapterConfig(kind="full"),
+    "full with embeddings": AdapterConfig(kind="full", embeddings=True),
+}
+
+
+@pytest.mark.parametrize("family", ["bert", "vit"])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_clipped_sum_equals_one_patient_at_a_time(family: str, adapter: str) -> None:
+    model, inputs = network(family, ADAPTERS[adapter])
+    expected = slow_clipped_sum(model, inputs, CLIP)
+    got = step(model, lambda wrapped: chunks(wrapped, inputs, [[0, 1, 2], [3], [4, 5]]))
+    assert len(expected) >= 2
+    for name, values in expected.items():
+        assert torch.allclose(got[name] * 6.0, values, atol=1e-5), name
+    if "embeddings" in adapter:
+        assert any("position" in name and values.abs().max() > 0 for name, values in expected.items())
+
+
+def test_the_oracle_catches_record_level_clipping() -> None:
+    """The deliberately broken variant: every record its own patient."""
+    model, inputs = network("bert", ADAPTERS["lora"])
+    expected = slow_clipped_sum(model, inputs, CLIP)
+    rows = torch.arange(12)
+    got = step(model, lambda wrapped: [(losses(wrapped, inputs, rows), rows, 12)])
+    assert any(not torch.allclose(got[name] * 6.0, values, atol=1e-3) for name, values in expected.items())
+
+
+def clipped_norm(gradients: Tensor, patients: Tensor, number: int) -> Tensor:
+    """The clipped sum of made-up per-record gradients, through the real optimizer."""
+    layer = nn.Linear(gradients.shape[1], 1, bias=False)
+    plan = make(sample_rate=1.0, declared_size=1, max_grad_norm=CLIP)
+    optimizer = PatientOptimizer(
+        torch.optim.SGD(layer.parameters(), lr=1.0), plan=plan, source=Silent  # type: ignore[arg-type]
+    )
+    [combined] = drop_non_finite([combine_patients(gradients[:, None], patients, number)])
+    layer.weight.grad_sample = combined  # type: ignore[attr-defined]
+    optimizer.pre_step()
+    assert layer.weight.grad is not None
+    return layer.weight.grad.flatten()
+
+
+def test_removing_one_patient_moves_the_sum_by_at_most_the_clip() -> None:
+    """100 patients with 20 records each: clipping records instead would move it by up to 20 clips."""
+    torch.manual_seed(0)
+    directions = torch.randn(100, 1, 64).expand(100, 20, 64).reshape(2000, 64) * 5
+    patients = torch.arange(100).repeat_interleave(20)
+    everybody = clipped_norm(directions, patients, 100)
+    without = clipped_norm(directions[20:], patients[20:] - 1, 99)
+    assert (everybody - without).norm() <= CLIP * (1 + 1e-5)
+    records = torch.arange(2000)
+    all_records = clipped_norm(directions, records, 2000)
+    fewer_records = clipped_norm(directions[20:], records[20:] - 20, 1980)
+    assert (all_records - fewer_records).norm() > 15 * CLIP
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30, 3e38])
+def test_a_patient_with_absurd_gradients_cannot_spoil_the_sum(bad: float) -> None:
+    """privacy.md, rule 4: a non-finite patient counts as zero, a huge one is clipped."""
+    torch.manual_seed(0)
+    gradients = torch.randn(6, 8) * 0.01
+    patients = torch.tensor([0, 0, 1, 2, 2, 3])
+    clean = clipped_norm(gradients[[0, 1, 2, 5]], torch.tensor([0, 0, 1, 2]), 3)
+    gradients[3:5] = bad
+    spoilt = clipped_norm(gradients, patients, 4)
+    assert torch.isfinite(spoilt).all()
+    assert (spoilt - clean).norm() <= CLIP * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("patients", [[], [0], [0, 1, 2, 3, 4, 5]])
+def test_divisor_and_noise_do_not_depend_on_the_batch(patients: list[int]) -> None:
+    """privacy.md, rules 5 and 24, coupled: with the same draws the noise part is the same for 0, 1, all."""
+    model, inputs = network("bert", ADAPTERS["lora"])
+
+    def batch(wrapped: nn.Module) -> Iterator[tuple[Tensor, Tensor, int]]:
+        return chunks(wrapped, inputs, [patients] if patients else [])
+
+    quiet = step(network("bert", ADAPTERS["lora"])[0], batch) if not patients else step(model, batch)
+    noisy = step(network("bert", ADAPTERS["lora"])[0], lambda w: batch(w), source=seeded(9), noise=2.0)
+    source = seeded(9)
+    for name, parameter in model.adapter().items():
+        expected = 2.0 * CLIP * source.normal(parameter.numel()).reshape(parameter.shape) / 6.0
+        assert np.allclose((noisy[name] - quiet[name]).numpy(), expected, atol=1e-5), name
+
+
+def test_an_empty_batch_still_adds_noise_and_steps() -> None:
+    model, _ = network("bert", ADAPTERS["lora"])
+    applied = step(model, lambda _: [], source=seeded(3), noise=2.0)
+    values = torch.cat([g.flatten() for g in applied.values()])
+    assert values.std() == pytest.approx(2.0 * CLIP / 6.0, rel=0.1)
+
+
+def test_splitting_a_batch_does_not_change_it() -> None:
+    results = []
+    for cuts in ([[0, 1, 2, 3, 4, 5]], [[p] for p in range(6)]):
+        model, inputs = network("vit", ADAPTERS["lora"])
+        results.append(step(model, lambda wrapped, i=inputs, c=cuts: chunks(wrapped, i, c)))
+    for name in results[0]:
+        assert torch.allclose(results[0][name], results[1][name], atol=1e-6)
+
+
+def test_noise_in_the_weights_has_the_variance_that_is_accounted() -> None:
+    """A chi-squared test on directions that no patient touches rejects half the variance (rule 24)."""
+    from scipy import stats
+
+    model, _ = network("bert", ADAPTERS["lora"])
+    applied = step(model, lambda _: [], source=seeded(11), noise=2.0)
+    values = torch.cat([g.flatten() for g in applied.values()]).double().numpy() / (2.0 * CLIP / 6.0)
+    statistic = float((values**2).sum())
+    low, high = stats.chi2.interval(0.9999, len(values))
+    assert low < statistic < high
+    assert not low < statistic / 2 < high
+
+
+@pytest.mark.parametrize(
+    ("module", "fix"),
+    [
+        (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), "GroupNorm"),
+        (nn.Sequential(nn.Linear(4, 4), nn.InstanceNorm1d(4, track_running_stats=True)), "track_running_stats=False"),
+        (nn.ParameterList([nn.Parameter(torch.ones(2))]), "freeze it"),
+    ],
+)
+def test_unsound_modules_are_refused_with_the_fix(module: nn.Module, fix: str) -> None:
+    """privacy.md, rule 6."""
+    with pytest.raises(PrivacyError, match=fix):
+        check_sound(module)
+
+
+def test_frozen_batch_norm_in_eval_mode_is_sound() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4).requires_grad_(False).eval())
+    check_sound(module)
+    assert not module[1].training
+
+
+def test_a_source_is_read_once_a_parameter_and_step() -> None:
+    """What the accountant composes is what was drawn: one Gaussian for every coordinate of every step."""
+    drawn: list[int] = []
+
+    def read(count: int) -> bytes:
+        drawn.append(count // 8)
+        return bytes(count)
+
+    model, _ = network("bert", ADAPTERS["lora"])
+    step(model, lambda _: [], source=RandomSource(read, private=True))
+    coordinates = sum(p.numel() for p in model.adapter().values())
+    assert coordinates <= sum(drawn) <= coordinates + 2 * len(model.adapter())

@@ -1,0 +1,54 @@
+"""The transforms are right, and a private source cannot be repeated."""
+
+import random
+
+import numpy as np
+import torch
+from scipy import stats
+
+from fedmed.privacy.randomness import operating_system, seeded
+from tests.conftest import count
+
+
+def test_normal_variates_pass_kolmogorov_smirnov() -> None:
+    draws = seeded(1).normal(count(200_000, 100_000_000))
+    assert stats.kstest(draws[:5_000_000], "norm").pvalue > 1e-3
+    assert abs(draws.mean()) < 6 / np.sqrt(len(draws))
+    assert abs(draws.var() - 1) < 6 * np.sqrt(2 / len(draws))
+    assert abs((draws**4).mean() - 3) < 6 * np.sqrt(96 / len(draws))
+
+
+def test_uniform_variates_use_53_bits() -> None:
+    draws = seeded(2).uniform(100_000)
+    assert ((draws >= 0) & (draws < 1)).all()
+    scaled = draws * 2.0**53
+    assert (scaled == np.floor(scaled)).all()
+    # The lowest of the 53 bits is as random as the highest.
+    assert abs((scaled % 2).mean() - 0.5) < 0.01
+    assert abs((draws >= 0.5).mean() - 0.5) < 0.01
+
+
+def test_neither_seed_nor_state_of_any_library_repeats_the_operating_system() -> None:
+    """privacy.md, rule 8."""
+
+    def draw() -> np.ndarray:
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+        return operating_system().normal(64)
+
+    assert operating_system().private
+    assert not np.array_equal(draw(), draw())
+
+
+def test_a_seeded_source_repeats_and_says_that_it_is_not_private() -> None:
+    assert np.array_equal(seeded(3, 4).normal(9), seeded(3, 4).normal(9))
+    assert not np.array_equal(seeded(3, 4).normal(9), seeded(3, 5).normal(9))
+    assert not seeded(3).private
+
+
+def test_choosing_k_of_n_is_uniform() -> None:
+    source, draws = seeded(6), count(6_000, 200_000)
+    picked = np.concatenate([source.choose(5, 2) for _ in range(draws)])
+    assert np.abs(np.bincount(picked) / draws - 0.4).max() < 6 * np.sqrt(0.24 / draws)
+    assert sorted(source.choose(3, 10)) == [0, 1, 2]
