@@ -93,7 +93,7 @@ def _model(instruction: Instruction) -> Classifier:
 
 def _key(instruction: Instruction) -> str:
     parts = {name: to_dict(getattr(instruction, name)) for name in ("task", "model", "adapter")}
-    return json.dumps(parts, sort_keys=True)
+    return json.dumps(parts)
 
 
 @lru_cache(maxsize=64)

@@ -199,7 +199,9 @@ def _apply(composed: DictConfig, override: Override) -> None:
         raise ConfigError(f"'{text}': no setting '{key}'; {nearest(key, [*_keys(composed), *GROUPS])}")
     try:
         # A mapping of free keys is replaced whole: its keys are the sites of the run, the columns of a table.
-        free = _free_keys(parent) or (isinstance(parent._get_node(leaf), DictConfig) and _free_keys(parent[leaf]))
+        free = _free_keys(parent) or (
+            isinstance(parent._get_node(leaf), DictConfig) and _free_keys(parent[leaf])
+        )
         OmegaConf.update(composed, key, override.value(), merge=not free, force_add=free)
     except OmegaConfBaseException as error:
         hint = _type_name(parent, leaf)

@@ -54,10 +54,10 @@ class ColumnConfig:
             )
         else:
             require(
-                len(self.categories) >= 1,
+                len(self.categories) >= 1 and len(set(self.categories)) == len(self.categories),
                 "task.columns.*.categories",
                 self.categories,
-                "at least one category",
+                "at least one category, none twice",
             )
         try:
             self.phrase.format(value="", word="")
@@ -123,6 +123,12 @@ class TableTaskConfig:
             self.declare in ("declared", "from_data"), "task.declare", self.declare, "declared or from_data"
         )
         require(self.split in ("hash", "shuffle"), "task.split", self.split, "hash or shuffle")
+        require(
+            self.split == "hash" or self.public_benchmark,
+            "task.split",
+            self.split,
+            "hash, unless task.public_benchmark=true: a seeded shuffle depends on who else is in the data",
+        )
         require(0 < self.test_fraction < 1, "task.test_fraction", self.test_fraction, "between 0 and 1")
         for site, size in self.declared_sizes.items():
             require(size >= 1, f"task.declared_sizes.{site}", size, ">= 1")
@@ -376,6 +382,12 @@ class RunConfig:
         for group, kinds in OPTIONS.items():
             value = getattr(self, group)
             require(type(value) in kinds.values(), group, value, f"one of the options of '{group}'")
+        require(
+            not self.reference or self.task.public_benchmark,
+            "reference",
+            "true",
+            "false, unless task.public_benchmark=true: the references train on the same patients outside epsilon",
+        )
         if self.model.kind == "tabular":
             require(
                 self.adapter.kind in ("head", "full"),

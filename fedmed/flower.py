@@ -80,7 +80,10 @@ class InProcessGrid(Grid):
     def start_workers(self) -> None:
         """Fork the workers. Call it once everything that they share has been loaded."""
         if self._workers is None and self._requested > 1:
-            self._workers = [_Worker(self._app, self._contexts) for _ in range(self._requested)]
+            self._workers = []
+            for _ in range(self._requested):
+                earlier = [worker.connection for worker in self._workers]
+                self._workers.append(_Worker(self._app, self._contexts, earlier))
 
     def set_run(self, run: Run) -> None:
         self._run = run
@@ -114,37 +117,48 @@ class InProcessGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        sent = [_own_copy(message) for message in messages]
+        sent = [_identified(message) for message in messages]
+        end = None if timeout is None else time.monotonic() + timeout
         self.start_workers()
         if self._workers is None:
-            return [_identified(_call(self._app, m, self._contexts[m.metadata.dst_node_id])) for m in sent]
-        return list(self._gather(self._workers, sent, timeout))
+            return list(self._call_here(sent, end))
+        return list(self._gather(self._workers, sent, end))
 
-    def _gather(
-        self, workers: list["_Worker"], sent: list[Message], timeout: float | None
-    ) -> Iterator[Message]:
-        end = None if timeout is None else time.monotonic() + timeout
-        waiting: dict[str, Message] = {}
+    def _call_here(self, sent: list[Message], end: float | None) -> Iterator[Message]:
         for message in sent:
-            worker = workers[message.metadata.dst_node_id % len(workers)]
-            if worker.send(message):
-                waiting[message.metadata.message_id] = message
-            else:
-                yield _identified(_unavailable(message))
-        while waiting:
-            left = None if end is None else max(0.0, end - time.monotonic())
-            connections = [worker.connection for worker in workers if not worker.dead]
-            ready = wait(connections, left) if connections else []
-            if not ready and connections:
+            reply = _call(self._app, message, self._contexts[message.metadata.dst_node_id])
+            if end is not None and time.monotonic() > end:
                 return
-            for worker in workers:
+            yield _identified(reply)
+
+    def _gather(self, workers: list["_Worker"], sent: list[Message], end: float | None) -> Iterator[Message]:
+        waiting = {message.metadata.message_id: message for message in sent}
+        batches: list[list[Message]] = [[] for _ in workers]
+        for message in sent:
+            batches[message.metadata.dst_node_id % len(workers)].append(message)
+        while waiting:
+            for worker, batch in zip(workers, batches, strict=True):
+                # Only to an idle one: sending to a worker that is itself sending would block both for ever.
+                if batch and worker.idle:
+                    worker.send(batch, end)
+                    batch.clear()
+            if any(worker.dead for worker in workers):
+                for key, message in list(waiting.items()):
+                    if workers[message.metadata.dst_node_id % len(workers)].dead:
+                        yield _identified(_unavailable(waiting.pop(key)))
+            if not waiting:
+                return
+            busy = [worker for worker in workers if worker.busy]
+            left = None if end is None else max(0.0, end - time.monotonic())
+            ready = wait([worker.connection for worker in busy], left)
+            if not ready:
+                return
+            for worker in busy:
                 if worker.connection in ready:
                     key, reply = worker.receive()
+                    # A reply to an earlier call, which had waited long enough, is of no use any more.
                     if reply is not None and waiting.pop(key, None) is not None:
                         yield _identified(reply)
-            lost = [k for k, m in waiting.items() if workers[m.metadata.dst_node_id % len(workers)].dead]
-            for key in lost:
-                yield _identified(_unavailable(waiting.pop(key)))
 
     def close(self) -> None:
         """End the workers."""
@@ -156,33 +170,42 @@ class InProcessGrid(Grid):
 class _Worker:
     """A forked process that plays some of the nodes, one message at a time."""
 
-    def __init__(self, app: ClientApp, contexts: dict[int, Context]) -> None:
+    def __init__(self, app: ClientApp, contexts: dict[int, Context], earlier: list[Connection]) -> None:
         fork = multiprocessing.get_context("fork")
         self.connection, theirs = fork.Pipe()
         self.dead = False
-        self._process = fork.Process(target=_serve, args=(theirs, app, contexts), daemon=True)
+        # Whether it has messages that it did not deal with yet.
+        self.busy = False
+        ours = [*earlier, self.connection]
+        self._process = fork.Process(target=_serve, args=(theirs, ours, app, contexts), daemon=True)
         self._process.start()
         theirs.close()
 
-    def send(self, message: Message) -> bool:
-        """Whether the worker took the message."""
-        if not self.dead:
-            try:
-                self.connection.send(message)
-            except OSError:
-                self._lost()
-        return not self.dead
+    @property
+    def idle(self) -> bool:
+        """Whether it waits for messages."""
+        return not self.busy and not self.dead
+
+    def send(self, messages: list[Message], end: float | None) -> None:
+        """Give an idle worker messages, none of which it begins after `end`."""
+        try:
+            self.connection.send((messages, end))
+            self.busy = True
+        except OSError:
+            self._lost()
 
     def receive(self) -> tuple[str, Message | None]:
-        """A reply and the id of the message that it answers; None once the process is gone."""
+        """A reply and the id of the message that it answers; None at the end of the messages or the process."""
         try:
-            return self.connection.recv()
+            key, reply = self.connection.recv()
+            self.busy = reply is not None
+            return key, reply
         except (EOFError, OSError):
             self._lost()
             return "", None
 
     def _lost(self) -> None:
-        self.dead = True
+        self.dead, self.busy = True, False
         self._process.join(timeout=1)
         log.error("a worker process ended with code %s; its sites are unavailable", self._process.exitcode)
 
@@ -190,18 +213,27 @@ class _Worker:
         self.connection.close()
         self._process.join(timeout=1)
         if self._process.is_alive():
-            self._process.terminate()
+            # It holds nothing that must be put away, and a stopped process would not hear anything milder.
+            self._process.kill()
             self._process.join()
 
 
-def _serve(connection: Connection, app: ClientApp, contexts: dict[int, Context]) -> None:
+def _serve(
+    connection: Connection, coordinators: list[Connection], app: ClientApp, contexts: dict[int, Context]
+) -> None:
+    # Were the coordinator's ends open here too, a worker would not notice that the coordinator was killed.
+    for end in coordinators:
+        end.close()
     # Ctrl-C reaches the whole process group; the coordinator alone decides what happens then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     while True:
         try:
-            message = connection.recv()
-            reply = _call(app, message, contexts[message.metadata.dst_node_id])
-            connection.send((message.metadata.message_id, reply))
+            messages, deadline = connection.recv()
+            for message in messages:
+                if deadline is None or time.monotonic() < deadline:
+                    reply = _call(app, message, contexts[message.metadata.dst_node_id])
+                    connection.send((message.metadata.message_id, reply))
+            connection.send(("", None))
         except (EOFError, OSError):
             # Without interpreter shutdown: what was inherited from the parent is the parent's to clean up.
             os._exit(0)
@@ -209,7 +241,7 @@ def _serve(connection: Connection, app: ClientApp, contexts: dict[int, Context])
 
 def _call(app: ClientApp, message: Message, context: Context) -> Message:
     try:
-        return app(message=message, context=context)
+        return app(message=_own_copy(message), context=context)
     except Exception as error:
         # The text of an exception may hold data; its type and place do not.
         frame = error.__traceback__
@@ -227,15 +259,14 @@ def _unavailable(message: Message) -> Message:
 def _own_copy(message: Message) -> Message:
     """Senders may share one content between messages; every node gets its own (array bytes stay shared)."""
     if message.has_content():
-        message.content = RecordDict(
-            {
-                name: ArrayRecord(OrderedDict(record))
-                if isinstance(record, ArrayRecord)
-                else type(record)(dict(record))
-                for name, record in message.content.items()
-            }
-        )
-    return _identified(message)
+        message.content = RecordDict({name: _copied(record) for name, record in message.content.items()})
+    return message
+
+
+def _copied(record: Any) -> Any:
+    if isinstance(record, ArrayRecord):
+        return ArrayRecord(OrderedDict(record))
+    return type(record)({key: [*v] if isinstance(v, list) else v for key, v in record.items()})
 
 
 def _identified(message: Message) -> Message:

@@ -110,10 +110,12 @@ def _check(config: "RunConfig") -> None:
             f"run_dir={config.run_dir}: holds a run already; continue it with: fedmed run resume={config.run_dir}"
         )
     if not config.task.declared_sizes:
-        present = ", ".join(repr(site) for site in sorted(sites_in(config.task)) if site)
+        # The column's values are not listed: of a mistyped column they might be patient ids.
+        found = len(sites_in(config.task))
         raise ConfigError(
-            f"task.declared_sizes: none declared; the table's sites are {present}; declare a public number of "
-            f"{config.task.unit}s for each, e.g. 'task.declared_sizes={{A: 100, B: 80}}'"
+            f"task.declared_sizes: none declared; column '{config.task.site_column}' has {found} values; declare a "
+            f"public number of {config.task.unit}s for each site, e.g. 'task.declared_sizes={{A: 100, B: 80}}', or "
+            "propose them with: fedmed task describe FILE"
         )
     if config.model.kind == "text":
         check_digest(config.model, locate(config.model))

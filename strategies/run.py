@@ -153,14 +153,15 @@ def _references(
         progress = loop.run(Progress(round=0, arrays=model.initialise(config.seed)), until=config.rounds)
         last = Instruction.of(config, {site: plan}, run_id="local-only", round=config.rounds)
         alone |= sites.evaluate(last, loop.released(progress), [site])
-    references = {"local_only": scores(alone)}
+    references = {"local_only": {"private": config.private, **scores(alone)}}
     if config.privacy.kind == "dp":
         open_config = dataclasses.replace(config, privacy=dataclasses.replace(config.privacy, kind="off"))
         open_plans = {site: dataclasses.replace(plan, noise_multiplier=0.0) for site, plan in plans.items()}
         loop = Loop(open_config, sites, open_plans, "non-private", score_rounds=False)
         progress = loop.run(Progress(round=0, arrays=model.initialise(config.seed)), until=config.rounds)
         last = Instruction.of(open_config, open_plans, run_id="non-private", round=config.rounds)
-        references["non_private"] = scores(sites.evaluate(last, loop.released(progress), open_plans))
+        test = sites.evaluate(last, loop.released(progress), open_plans)
+        references["non_private"] = {"private": False, **scores(test)}
     return references
 
 

@@ -55,10 +55,15 @@ def privacy_statement(config: RunConfig, plans: Mapping[str, PrivacyPlan]) -> di
     in_words = None
     if private:
         largest = max(float(site["epsilon"]) for site in sites.values() if site["epsilon"] is not None)
-        everywhere = composed_epsilon([plan.event() for plan in plans.values()], delta=largest_delta)
+        rdp = [float(site["epsilon_rdp"]) for site in sites.values() if site["epsilon_rdp"] is not None]
+        events = [plan.event() for plan in plans.values()]
         consortium = {
-            "one_site": {"epsilon": largest, "delta": largest_delta},
-            "all_sites": {"epsilon": everywhere, "delta": largest_delta},
+            "one_site": {"epsilon": largest, "epsilon_rdp": max(rdp), "delta": largest_delta},
+            "all_sites": {
+                "epsilon": composed_epsilon(events, delta=largest_delta),
+                "epsilon_rdp": composed_epsilon(events, delta=largest_delta, accountant="rdp"),
+                "delta": largest_delta,
+            },
             "assumption": ASSUMPTION,
         }
         in_words = belief_in_words(largest, any_plan.unit)
@@ -81,7 +86,9 @@ def belief_in_words(epsilon: float, unit: str) -> str:
     """Epsilon as what an attacker can learn: from even odds to at most e^epsilon / (1 + e^epsilon)."""
     # Written so that a large epsilon does not overflow.
     odds = 100 / (1 + math.exp(-epsilon))
-    percent = round(odds) if odds < 99 else round(odds, 2)
+    # Rounded up: never less than the bound.
+    scale = 10 if odds < 99 else 100
+    percent = math.ceil(odds * scale) / scale
     return f"Someone half sure that a {unit} took part can become at most {percent:g}% sure (up to delta)."
 
 
@@ -112,6 +119,8 @@ def summarise(
         "privacy": privacy_statement(config, plans),
         "references": references,
         "rounds": rounds,
+        # What was charged for: a run that ended early is charged for all of them.
+        "rounds_planned": next(iter(plans.values())).rounds,
         "seconds": seconds,
         "bytes_up_per_round": last["bytes_up"],
         "bytes_down_per_round": last["bytes_down"],

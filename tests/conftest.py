@@ -26,7 +26,7 @@ def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDMED_HOME", str(tmp_path / "fedmed-home"))
 
 
-WORDS = "age old young male female pain no chest blood pressure high low normal abnormal not recorded".split()
+WORDS = ["middle", "aged", "age", "old", "older", "elderly", "young", "adult", "male", "female", "typical", "atypical", "angina", "chest", "pain", "non", "cardiac", "no", "symptoms", "blood", "pressure", "normal", "elevated", "abnormal", "high", "cholesterol", "borderline", "not", "measured", "fasting", "sugar", "resting", "ecg", "recorded", "with", "st", "t", "changes", "left", "ventricular", "hypertrophy", "poor", "reduced", "good", "excellent", "exercise", "heart", "rate", "capacity", "causes", "without", "depression", "slight", "severe", "upsloping", "flat", "downsloping", "segment", "slope", "blocked", "vessels", "vessel", "one", "two", "three", "examined", "scan", "fixed", "reversible", "defect"]
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +38,7 @@ def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bert")
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ",", ".", *WORDS, *map(str, range(300))]
     (folder / "vocab.txt").write_text("\n".join(vocabulary))
-    BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=4, num_attention_heads=2,

@@ -54,11 +54,12 @@ def read_csv(path: str) -> tuple[pd.DataFrame, str]:
         DataError: no such file, not readable, empty, or not a table.
     """
     try:
-        content = locate(path).read_bytes()
+        file = locate(path)
+        if file.exists() and not file.is_file():
+            raise DataError(f"task.path={path}: a folder or a device; expected a CSV file")
+        content = file.read_bytes()
     except FileNotFoundError:
         raise DataError(f"task.path={path}: no such file") from None
-    except IsADirectoryError:
-        raise DataError(f"task.path={path}: a folder; expected a CSV file") from None
     except PermissionError:
         raise DataError(f"task.path={path}: no permission to read it") from None
     except (OSError, RuntimeError, ValueError):

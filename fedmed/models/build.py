@@ -16,7 +16,8 @@ def build(task: object, model: object, adapter: object) -> Classifier:
     Raises:
         ModelError: the model cannot be loaded, or the adapter does not fit it.
     """
-    return _build(*(json.dumps(to_dict(part), sort_keys=True) for part in (task, model, adapter)))
+    # In the order that was declared: the columns' order is the order of a sentence's phrases.
+    return _build(*(json.dumps(to_dict(part)) for part in (task, model, adapter)))
 
 
 @lru_cache(maxsize=2)

@@ -172,8 +172,9 @@ class TextClassifier(Classifier):
 
     def plain_head(self) -> tuple[Tensor, Tensor]:
         """Weight (1, width) and bias (1,) of the same head on the encoder's plain pooled output."""
-        weight = self.head.weight.detach() @ self.projection.T
-        return weight, self.head.bias.detach() - weight @ self.mean
+        weight = self.head.weight.detach().double() @ self.projection.double().T
+        bias = self.head.bias.detach().double() - weight @ self.mean.double()
+        return weight.float(), bias.float()
 
     def _encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self.encoder(**self._encoder_inputs(input_ids, attention_mask)).last_hidden_state
@@ -208,7 +209,8 @@ class TextClassifier(Classifier):
             projection = np.eye(width) / scale
         else:
             _, singular, directions = np.linalg.svd(rows - mean, full_matrices=False)
-            kept = min(self.config.components, width, len(singular))
+            # Directions in which sentences differ by no more than float32 rounding would be blown up.
+            kept = min(self.config.components, int((singular > 1e-3 * singular[0]).sum()))
             deviation = singular[:kept] / np.sqrt(len(rows))
             projection = directions[:kept].T * deviation**-self.config.whitening
             projection /= np.sqrt((((rows - mean) @ projection) ** 2).sum(axis=1).mean())

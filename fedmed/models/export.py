@@ -1,5 +1,6 @@
 """A finished adapter on disk: PEFT for the LoRA kinds, safetensors and JSON for the others, and its card."""
 
+import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,10 @@ def export(model: Classifier, arrays: Arrays, config: RunConfig, folder: Path) -
     if config.adapter.kind in ("lora", "ffa_lora"):
         assert isinstance(model, TextClassifier)
         peft: Any = model.encoder
-        # The folder of this machine is nobody else's base model.
-        peft.peft_config["default"].base_model_name_or_path = None
         peft.save_pretrained(folder, safe_serialization=True)
+        # The path of this machine's base model is nobody else's business; the card has its digest.
+        written = json.loads((folder / "adapter_config.json").read_text())
+        write_json(folder / "adapter_config.json", written | {"base_model_name_or_path": None})
         # PEFT writes a card of placeholders; the run's own card says what is known.
         (folder / "README.md").unlink(missing_ok=True)
     else:

@@ -9,6 +9,8 @@ from typing import Any
 from fedmed.config import TextModelConfig
 from fedmed.errors import ModelError
 
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
+
 
 def locate(config: TextModelConfig) -> Path:
     """The folder of the encoder.
@@ -56,6 +58,9 @@ def load_encoder(config: TextModelConfig) -> tuple[Any, Any]:
     folder = locate(config)
     check_digest(config, folder)
     kind = json.loads((folder / "config.json").read_text()).get("model_type", "unknown")
+    # Without its files transformers makes up a tokenizer that knows no word.
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelError(f"model.path={folder}: no tokenizer in it; a '{kind}' model does not read text")
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 
@@ -71,7 +76,5 @@ def load_encoder(config: TextModelConfig) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError):
-        raise ModelError(
-            f"model.path={folder}: no tokenizer in it; a '{kind}' model does not read text"
-        ) from None
+        raise ModelError(f"model.path={folder}: transformers cannot load its tokenizer") from None
     return encoder.eval(), tokenizer

@@ -36,9 +36,9 @@ def epsilon_of(event: DpEvent, *, delta: float, accountant: str = BINDING) -> fl
     return float(ledger.get_epsilon(delta))
 
 
-def composed_epsilon(events: Iterable[DpEvent], *, delta: float) -> float:
+def composed_epsilon(events: Iterable[DpEvent], *, delta: float, accountant: str = BINDING) -> float:
     """Epsilon for a patient who took part at every site: the composition of all events."""
-    return epsilon_of(dp_accounting.ComposedDpEvent(list(events)), delta=delta)
+    return epsilon_of(dp_accounting.ComposedDpEvent(list(events)), delta=delta, accountant=accountant)
 
 
 @lru_cache(maxsize=1024)

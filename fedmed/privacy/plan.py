@@ -44,7 +44,11 @@ class PrivacyPlan:
     @property
     def adjacency(self) -> str:
         """The neighbouring relation, in words."""
-        return f"add or remove one {self.unit} with all of its records"
+        return (
+            "add or remove one record"
+            if self.unit == "record"
+            else "add or remove one patient with all of its records"
+        )
 
     @property
     def steps(self) -> int:

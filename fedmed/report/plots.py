@@ -68,8 +68,7 @@ def _auc_per_round(privacy: Any, history: Entries, runs: Mapping[str, Any], *, w
             axes.axhline(run["auc"], color=INK, linewidth=1.4, dashes=dashes)
             names.append(f"{name}, all sites")
             alt += f"; {name}: {run['auc']:.3f}"
-    axes.set(xlabel="round", ylabel="AUC (0 to 1, exact)")
-    axes.set_ylim(top=min(1.01, axes.get_ylim()[1]))
+    axes.set(xlabel="round", ylabel="AUC (0 to 1, exact)", ylim=(None, min(1.01, axes.get_ylim()[1])))
     return Plot(_svg(figure, axes, names, columns=4 if wide else 3), "AUC per round", alt, wide)
 
 

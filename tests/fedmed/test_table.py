@@ -282,8 +282,9 @@ def test_a_path_that_is_no_readable_file_is_named(tmp_path: Path, monkeypatch: p
 
     with pytest.raises(DataError, match=r"nowhere\.csv: no such file"):
         read_csv(str(tmp_path / "nowhere.csv"))
-    with pytest.raises(DataError, match="a folder; expected a CSV file"):
-        read_csv(str(tmp_path))
+    for path in (str(tmp_path), "/dev/zero"):
+        with pytest.raises(DataError, match="a folder or a device; expected a CSV file"):
+            read_csv(path)
     with pytest.raises(DataError, match="no installed package 'no_such_package'"):
         read_csv("pkg://no_such_package/table.csv")
     for path in ("x" * 5000, "a\0b", "~no-such-user/table.csv"):

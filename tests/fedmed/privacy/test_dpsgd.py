@@ -14,7 +14,13 @@ from fedmed.config import AdapterConfig
 from fedmed.errors import PrivacyError
 from fedmed.models.adapters import add_adapter
 from fedmed.models.classifier import Classifier
-from fedmed.privacy.dpsgd import PatientOptimizer, check_sound, combine_patients, drop_non_finite, private_step
+from fedmed.privacy.dpsgd import (
+    PatientOptimizer,
+    check_sound,
+    combine_patients,
+    drop_non_finite,
+    private_step,
+)
 from fedmed.privacy.randomness import RandomSource, seeded
 from tests.fedmed.privacy.test_accounting import make
 
@@ -65,9 +71,11 @@ def slow_clipped_sum(model: Encoded, inputs: dict[str, Tensor], clip: float) -> 
     """The reference: one backward pass a patient, mean over the patient's records, clip, sum."""
     total = {name: torch.zeros_like(p) for name, p in model.adapter().items()}
     for patient in PATIENTS.unique():
-        loss = losses(model, inputs, (PATIENTS == patient).nonzero().squeeze(-1)).mean()
+        loss = losses(model, inputs, (patient == PATIENTS).nonzero().squeeze(-1)).mean()
         gradients = torch.autograd.grad(loss, list(model.adapter().values()), allow_unused=True)
-        filled = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, total.values(), strict=True)]
+        filled = [
+            torch.zeros_like(p) if g is None else g for g, p in zip(gradients, total.values(), strict=True)
+        ]
         norm = torch.sqrt(sum((g**2).sum() for g in filled))
         for name, gradient in zip(total, filled, strict=True):
             total[name] += gradient * min(1.0, clip / (norm.item() + 1e-6))
@@ -79,7 +87,7 @@ def chunks(
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
     """The batch in pieces, each a list of patients; one forward pass at a time, as training does it."""
     for patients in cuts:
-        rows = torch.cat([(PATIENTS == p).nonzero().squeeze(-1) for p in patients])
+        rows = torch.cat([(p == PATIENTS).nonzero().squeeze(-1) for p in patients])
         numbers = torch.tensor([patients.index(int(p)) for p in PATIENTS[rows]])
         yield losses(model, inputs, rows), numbers, len(patients)
 
@@ -93,12 +101,18 @@ class Silent:
 
 
 def step(
-    model: Encoded, batch: Callable[[nn.Module], Iterable[tuple[Tensor, Tensor, int]]], *, source: object = Silent, noise: float = 1.0
+    model: Encoded,
+    batch: Callable[[nn.Module], Iterable[tuple[Tensor, Tensor, int]]],
+    *,
+    source: object = Silent,
+    noise: float = 1.0,
 ) -> dict[str, Tensor]:
     """The gradient that one private step applies, by parameter."""
     plan = make(sample_rate=0.5, declared_size=12, max_grad_norm=CLIP, noise_multiplier=noise)
     optimizer = PatientOptimizer(
-        torch.optim.SGD(model.adapter().values(), lr=1.0), plan=plan, source=source  # type: ignore[arg-type]
+        torch.optim.SGD(model.adapter().values(), lr=1.0),
+        plan=plan,
+        source=source,  # type: ignore[arg-type]
     )
     seen: dict[str, Tensor] = {}
     optimizer.attach_step_hook(lambda _: seen.update({n: p.grad.clone() for n, p in model.adapter().items()}))
@@ -148,7 +162,9 @@ def clipped_norm(gradients: Tensor, patients: Tensor, number: int) -> Tensor:
     layer = nn.Linear(gradients.shape[1], 1, bias=False)
     plan = make(sample_rate=1.0, declared_size=1, max_grad_norm=CLIP)
     optimizer = PatientOptimizer(
-        torch.optim.SGD(layer.parameters(), lr=1.0), plan=plan, source=Silent  # type: ignore[arg-type]
+        torch.optim.SGD(layer.parameters(), lr=1.0),
+        plan=plan,
+        source=Silent,  # type: ignore[arg-type]
     )
     [combined] = drop_non_finite([combine_patients(gradients[:, None], patients, number)])
     layer.weight.grad_sample = combined  # type: ignore[attr-defined]
@@ -233,7 +249,10 @@ def test_noise_in_the_weights_has_the_variance_that_is_accounted() -> None:
     ("module", "fix"),
     [
         (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), "GroupNorm"),
-        (nn.Sequential(nn.Linear(4, 4), nn.InstanceNorm1d(4, track_running_stats=True)), "track_running_stats=False"),
+        (
+            nn.Sequential(nn.Linear(4, 4), nn.InstanceNorm1d(4, track_running_stats=True)),
+            "track_running_stats=False",
+        ),
         (nn.ParameterList([nn.Parameter(torch.ones(2))]), "freeze it"),
     ],
 )

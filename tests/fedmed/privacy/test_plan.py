@@ -12,7 +12,14 @@ from fedmed.privacy.randomness import seeded
 from tests.conftest import count
 from tests.fedmed.privacy.test_accounting import make
 
-TABLE = ["task=csv", "task.path=/nowhere.csv", "task.site_column=s", "task.label=y", "tracking=none", "model=logistic"]
+TABLE = [
+    "task=csv",
+    "task.path=/nowhere.csv",
+    "task.site_column=s",
+    "task.label=y",
+    "tracking=none",
+    "model=logistic",
+]
 
 
 def test_the_plan_reads_no_data() -> None:
@@ -75,7 +82,8 @@ def test_a_plan_cannot_be_changed_in_place() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"sample_rate": 0.0}, {"delta": 1.0}, {"max_grad_norm": -1.0}, {"rounds": 0}, {"unit": "image"}]
+    "changes",
+    [{"sample_rate": 0.0}, {"delta": 1.0}, {"max_grad_norm": -1.0}, {"rounds": 0}, {"unit": "image"}],
 )
 def test_a_plan_out_of_range_is_refused(changes: dict[str, object]) -> None:
     name = next(iter(changes))
