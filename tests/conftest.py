@@ -26,7 +26,11 @@ def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDMED_HOME", str(tmp_path / "fedmed-home"))
 
 
-WORDS = ["middle", "aged", "age", "old", "older", "elderly", "young", "adult", "male", "female", "typical", "atypical", "angina", "chest", "pain", "non", "cardiac", "no", "symptoms", "blood", "pressure", "normal", "elevated", "abnormal", "high", "cholesterol", "borderline", "not", "measured", "fasting", "sugar", "resting", "ecg", "recorded", "with", "st", "t", "changes", "left", "ventricular", "hypertrophy", "poor", "reduced", "good", "excellent", "exercise", "heart", "rate", "capacity", "causes", "without", "depression", "slight", "severe", "upsloping", "flat", "downsloping", "segment", "slope", "blocked", "vessels", "vessel", "one", "two", "three", "examined", "scan", "fixed", "reversible", "defect"]
+WORDS = """middle aged age old older elderly young adult male female typical atypical angina chest pain non cardiac
+no symptoms blood pressure normal elevated abnormal high cholesterol borderline not measured fasting sugar resting
+ecg recorded with st t changes left ventricular hypertrophy poor reduced good excellent exercise heart rate capacity
+causes without depression slight severe upsloping flat downsloping segment slope blocked vessels vessel one two three
+examined scan fixed reversible defect"""
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +40,17 @@ def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     folder = tmp_path_factory.mktemp("bert")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ",", ".", *WORDS, *map(str, range(300))]
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        ",",
+        ".",
+        *WORDS.split(),
+        *map(str, range(300)),
+    ]
     (folder / "vocab.txt").write_text("\n".join(vocabulary))
     BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
     torch.manual_seed(0)

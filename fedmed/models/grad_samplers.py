@@ -21,9 +21,7 @@ def vit_embeddings(
         "position_embeddings": lambda: backprops.unsqueeze(1),
         "cls_token": lambda: backprops[:, :1].unsqueeze(1),
         # Used only with masked patches, which no task here has.
-        "mask_token": lambda: torch.zeros(
-            len(backprops), *tuple(layer.mask_token.shape), dtype=backprops.dtype
-        ),
+        "mask_token": lambda: backprops.new_zeros(len(backprops), *layer.get_parameter("mask_token").shape),
     }
     return {
         parameter: rules[name]()
