@@ -11,7 +11,7 @@ from fedmed.metrics import ScoreCounts
 from fedmed.models.build import build
 from fedmed.models.classifier import Batch, Classifier
 from fedmed.models.loading import check_digest, locate
-from fedmed.privacy.plan import PrivacyPlan
+from fedmed.privacy.plan import PrivacyPlan, declared_delta
 from fedmed.privacy.randomness import RandomSource, operating_system, seeded
 from fedmed.records import Arrays, Instruction, Quote
 from fedmed.training import LocalData, LocalUpdate, local_parts, logits, one_thread, train
@@ -26,15 +26,16 @@ def quote(instruction: Instruction, site: str) -> Quote:
     plan = own_plan(instruction, site)
     if instruction.model.kind == "text":
         _check_model(json.dumps(to_dict(instruction.model)))
-    epsilon = plan.epsilon() if plan.noise_multiplier > 0 else None
-    asked = instruction.privacy.epsilon
-    if epsilon is not None and asked is not None and epsilon > asked:
-        raise ConfigError(f"plans.{site}: costs epsilon {epsilon}, the run asked for {asked}")
+    epsilon = _epsilon(plan) if plan.noise_multiplier > 0 else None
     return Quote(site=site, declared_size=plan.declared_size, epsilon=epsilon)
 
 
 def own_plan(instruction: Instruction, site: str) -> PrivacyPlan:
-    """The site's plan out of the instruction, held against what the task and the training declare."""
+    """The site's plan out of the instruction, held against what the task, the training and privacy declare.
+
+    Raises:
+        ConfigError: it is not the declared one, or costs more than was asked for, or the round is not in it.
+    """
     plan = instruction.plans.get(site)
     if plan is None:
         raise ConfigError(f"plans: none for site '{site}'")
@@ -45,19 +46,37 @@ def own_plan(instruction: Instruction, site: str) -> PrivacyPlan:
         "steps_per_round": instruction.training.steps_per_round,
         "records_per_patient": instruction.privacy.records_per_patient,
         "max_grad_norm": instruction.privacy.max_grad_norm,
+        "delta": declared_delta(instruction.task, instruction.privacy, site),
     }
+    if instruction.privacy.kind == "off":
+        declared["noise_multiplier"] = 0.0
+    elif instruction.privacy.noise_multiplier is not None:
+        declared["noise_multiplier"] = instruction.privacy.noise_multiplier
     for name, value in declared.items():
         if getattr(plan, name) != value:
             raise ConfigError(f"plans.{site}.{name}={getattr(plan, name)}: expected {value}, as declared")
-    if (instruction.privacy.kind == "dp") != (plan.noise_multiplier > 0):
-        raise ConfigError(f"plans.{site}.noise_multiplier={plan.noise_multiplier}: does not fit privacy")
+    if instruction.privacy.kind == "dp":
+        if plan.noise_multiplier == 0:
+            raise ConfigError(f"plans.{site}.noise_multiplier=0: expected > 0 with privacy=dp")
+        asked = instruction.privacy.epsilon
+        if asked is not None and _epsilon(plan) > asked:
+            raise ConfigError(f"plans.{site}: costs epsilon {_epsilon(plan)}, the run asked for {asked}")
+    if instruction.round > plan.rounds:
+        raise ConfigError(f"round={instruction.round}: expected at most plans.{site}.rounds={plan.rounds}")
     return plan
+
+
+@lru_cache(maxsize=64)
+def _epsilon(plan: PrivacyPlan) -> float:
+    return plan.epsilon()
 
 
 def work(instruction: Instruction, site: str, arrays: Arrays) -> LocalUpdate:
     """One round of training at this site."""
     one_thread()
     plan = own_plan(instruction, site)
+    if instruction.round < 1:
+        raise ConfigError(f"round={instruction.round}: expected >= 1; round 0 trains nothing")
     training, _ = _parts(_key(instruction), site, instruction.seed)
     return train(
         _model(instruction),

@@ -28,7 +28,7 @@ from fedmed.config import (
     to_dict,
 )
 from fedmed.errors import ConfigError, RunError
-from fedmed.metrics import ScoreCounts
+from fedmed.metrics import CELLS, ScoreCounts
 from fedmed.privacy.plan import PrivacyPlan
 
 PROTOCOL = 1
@@ -154,7 +154,10 @@ def scores_record(site: str, counts: ScoreCounts) -> RecordDict:
 def read_scores(content: RecordDict) -> tuple[str, ScoreCounts]:
     """A site's name and its exact score counts."""
     site = _values("scores", content)["site"]
-    return site, ScoreCounts(content.array_records["counts"]["counts"].numpy().astype(np.int64))
+    counts = content.array_records["counts"]["counts"].numpy()
+    if counts.shape != (2, CELLS) or counts.dtype != np.int32 or (counts < 0).any():
+        raise RunError("score counts are misshapen, of another type or negative")
+    return site, ScoreCounts(counts.astype(np.int64))
 
 
 def array_bytes(content: RecordDict) -> int:

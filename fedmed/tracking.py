@@ -2,12 +2,21 @@
 
 import importlib.util
 import logging
+import os
+import re
+import socket
+import sqlite3
 import time
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
+from fedmed.atomic import write_bytes
 from fedmed.config import RunConfig, TrackingConfig, to_dict
 from fedmed.errors import ConfigError
+
+# What only `resume` reads.
+NOT_LOGGED = ("checkpoint.safetensors", "mlflow_run_id")
 
 
 class Tracker(Protocol):
@@ -50,24 +59,22 @@ class MlflowTracker:
     def start(self, config: RunConfig, folder: Path) -> dict[str, str]:
         logging.getLogger("alembic").setLevel(logging.WARNING)
         from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
+        saved = folder / "mlflow_run_id"
+        earlier = saved.read_text().strip() if saved.exists() else ""
         try:
             self._client = MlflowClient(tracking_uri=self._config.uri)
             self._client.search_experiments(max_results=1)
-        except (MlflowException, OSError) as error:
-            raise ConfigError(
-                f"tracking.uri={self._config.uri}: MLflow cannot open it ({type(error).__name__}); expected e.g. "
-                "sqlite:///mlruns.db or http://127.0.0.1:5000"
-            ) from None
-        saved = folder / "mlflow_run_id"
-        if saved.exists():
-            self._run_id = saved.read_text().strip()
-            self._client.update_run(self._run_id, status="RUNNING")
-        else:
-            self._run_id = self._create(config)
-            saved.write_text(self._run_id + "\n")
+            if earlier:
+                self._client.update_run(earlier, status="RUNNING")
+        # What is raised depends on the scheme: a database's driver has exceptions of its own, or is missing.
+        except Exception as error:
+            what = f"continue run {earlier} there" if earlier else "open it"
+            raise _cannot(self._config.uri, f"MLflow cannot {what} ({type(error).__name__})") from None
+        if not earlier:
+            write_bytes(saved, (self._create(config) + "\n").encode())
+        self._run_id = saved.read_text().strip()
         return {"uri": self._config.uri, "run_id": self._run_id}
 
     def _create(self, config: RunConfig) -> str:
@@ -82,7 +89,7 @@ class MlflowTracker:
 
         # Declared columns are in config.json; as parameters they would fill pages.
         flat = [(key, value) for key, value in _flat(to_dict(config)) if not key.startswith("task.columns.")]
-        params = [Param(key, str(value)[:500]) for key, value in flat]
+        params = [Param(_name(key), str(value)[:500]) for key, value in flat]
         for start in range(0, len(params), 100):
             self._client.log_batch(run.info.run_id, params=params[start : start + 100])
         reason = config.not_private_reason()
@@ -93,25 +100,68 @@ class MlflowTracker:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        values = [Metric(key, value, now, step) for key, value in metrics.items()]
+        values = [Metric(_name(key), value, now, step) for key, value in metrics.items()]
         self._client.log_batch(self._run_id, metrics=values)
 
     def finish(self, folder: Path, *, ok: bool) -> None:
         if not self._run_id:
             return
         for file in sorted(folder.rglob("*")):
-            if file.is_file() and file.name not in ("checkpoint.safetensors", "mlflow_run_id"):
+            # A dot begins the name of a draft that a crash left behind.
+            if file.is_file() and file.name not in NOT_LOGGED and not file.name.startswith("."):
                 inside = file.parent.relative_to(folder).as_posix()
                 self._client.log_artifact(self._run_id, str(file), None if inside == "." else inside)
         self._client.set_terminated(self._run_id, status="FINISHED" if ok else "FAILED")
 
 
 def check(config: TrackingConfig) -> None:
-    """Raise `ConfigError` where MLflow is asked for and not installed."""
-    if config.kind == "mlflow" and importlib.util.find_spec("mlflow") is None:
+    """Raise `ConfigError` where MLflow is asked for and not installed, or nothing can be where it is to write.
+
+    MLflow itself would try again for minutes.
+    """
+    if config.kind == "none":
+        return
+    if importlib.util.find_spec("mlflow") is None:
         raise ConfigError(
             "tracking=mlflow: MLflow is not installed; run: pip install 'fedmed[coordinator]', or set tracking=none"
         )
+    scheme, _, place = config.uri.partition("://")
+    try:
+        if scheme == "sqlite":
+            _check_database(Path(place.removeprefix("/")))
+        elif scheme in ("http", "https"):
+            address = urlsplit(config.uri)
+            port = address.port or (443 if scheme == "https" else 80)
+            socket.create_connection((address.hostname or "", port), timeout=10).close()
+    except (OSError, ValueError, sqlite3.Error) as error:
+        raise _cannot(config.uri, f"cannot be reached ({error})") from None
+
+
+def _check_database(path: Path) -> None:
+    """Raise an error where a database can neither be read nor be made; makes nothing."""
+    if path.is_dir():
+        raise IsADirectoryError("it is a folder")
+    if path.exists():
+        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+        try:
+            connection.execute("PRAGMA schema_version")
+        finally:
+            connection.close()
+        return
+    existing = next(folder for folder in path.resolve().parents if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise PermissionError(f"{existing} is no folder to write in")
+
+
+def _cannot(uri: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"tracking.uri={uri}: {reason}; expected e.g. sqlite:///mlruns.db or http://127.0.0.1:5000, or tracking=none"
+    )
+
+
+def _name(key: str) -> str:
+    """A name that MLflow takes: a site may be called St. Mary's."""
+    return re.sub(r"[^\w/. :-]", "_", key)
 
 
 def make_tracker(config: TrackingConfig) -> Tracker:

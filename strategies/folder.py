@@ -1,5 +1,6 @@
 """A run's folder: configuration, plans, journal, checkpoint. What `resume` needs, whole at any instant."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -20,6 +21,8 @@ from fedmed.privacy.plan import PrivacyPlan
 from strategies.base import Arrays, State
 
 CHECKPOINT = "checkpoint.safetensors"
+# What a finished run says of its cost, for people and for programs.
+STATEMENTS = ("summary.json", "report.html", "MODEL_CARD.md")
 
 
 @dataclass
@@ -56,10 +59,32 @@ class RunFolder:
             )
         path.mkdir(parents=True, exist_ok=True)
         folder = cls(path)
-        write_json(path / "plans.json", {site: to_dict(plan) for site, plan in plans.items()})
+        folder._write_plans(plans)
         # Last: a folder with a configuration is one that can be resumed.
-        write_json(path / "config.json", to_dict(dataclasses.replace(config, run_dir=None, resume=None)))
+        write_json(path / "config.json", _kept(config))
         return folder
+
+    def change(self, config: RunConfig, plans: dict[str, PrivacyPlan]) -> None:
+        """Continue with another number of rounds: later resumptions go on with it, and charge for it.
+
+        What an earlier end of the run said of its cost goes first.
+        """
+        if json.loads((self.path / "config.json").read_text())["rounds"] == config.rounds:
+            return
+        for name in (*STATEMENTS, "history.json"):
+            (self.path / name).unlink(missing_ok=True)
+        self._write_plans(plans)
+        write_json(self.path / "config.json", _kept(config))
+
+    def discard(self) -> None:
+        """Take back `create`: nothing else that is in the folder is touched."""
+        for name in ("config.json", "plans.json", "mlflow_run_id"):
+            (self.path / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+
+    def _write_plans(self, plans: dict[str, PrivacyPlan]) -> None:
+        write_json(self.path / "plans.json", {site: to_dict(plan) for site, plan in plans.items()})
 
     def plans(self) -> dict[str, PrivacyPlan]:
         """The plans under which the run started."""
@@ -68,19 +93,22 @@ class RunFolder:
 
     def journal(self, **entry: Any) -> None:
         """Append one line and make it last before anything depends on it."""
-        with (self.path / "journal.jsonl").open("a") as file:
-            file.write(json.dumps({"time": round(time.time(), 3), **entry}) + "\n")
+        with (self.path / "journal.jsonl").open("ab") as file:
+            # A torn last line goes, or it would spoil this one.
+            file.truncate(len(self._whole_lines()))
+            file.write(json.dumps({"time": round(time.time(), 3), **entry}).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
     def rounds_sent(self) -> int:
         """How many times a round has been sent to the sites, finished or not."""
+        return sum(json.loads(line)["event"] == "round-sent" for line in self._whole_lines().splitlines())
+
+    def _whole_lines(self) -> bytes:
+        """The journal without a torn last line, which was never acted on: a round is sent once its line lasts."""
         path = self.path / "journal.jsonl"
-        if not path.exists():
-            return 0
-        # A torn last line was never acted on: the round is sent only after the line lasts.
-        lines = [line for line in path.read_text().split("\n")[:-1] if line]
-        return sum(json.loads(line)["event"] == "round-sent" for line in lines)
+        content = path.read_bytes() if path.exists() else b""
+        return content[: content.rfind(b"\n") + 1]
 
     def save(self, progress: Progress) -> None:
         """Write the checkpoint: arrays, strategy state and history in one atomic file."""
@@ -93,7 +121,8 @@ class RunFolder:
             "seconds": repr(progress.seconds),
             "history": json.dumps(progress.history),
         }
-        contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+        # Not np.ascontiguousarray, which makes a vector of a scalar.
+        contiguous = {name: np.asarray(value, order="C") for name, value in tensors.items()}
         write_bytes(self.path / CHECKPOINT, save(contiguous, metadata=metadata))
 
     def load(self) -> Progress | None:
@@ -122,6 +151,10 @@ class RunFolder:
                 recent.setdefault(int(index), {})[name] = value
         progress.recent.extend(recent[index] for index in sorted(recent))
         return progress
+
+
+def _kept(config: RunConfig) -> dict[str, Any]:
+    return to_dict(dataclasses.replace(config, run_dir=None, resume=None))
 
 
 def _free(parent: Path, name: str) -> Path:

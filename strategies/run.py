@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from flwr.serverapp import Grid
 
 from fedmed.atomic import write_json
 from fedmed.config import RunConfig
-from fedmed.errors import ConfigError
+from fedmed.errors import ConfigError, RunError
 from fedmed.metrics import ScoreCounts
 from fedmed.models.build import build as build_model
 from fedmed.models.classifier import Classifier
@@ -45,6 +44,7 @@ def run(config: RunConfig, grid: Grid) -> Path:
     with PeakMemory() as memory:
         folder = RunFolder(Path(config.resume)) if config.resume else None
         plans = _plans(config, folder)
+        config = _asked(config, plans)
         # Before the grid forks its workers, so that they share the loaded model.
         model = build_model(config.task, config.model, config.adapter)
         sites = Sites(grid, config.federation.timeout)
@@ -54,7 +54,10 @@ def run(config: RunConfig, grid: Grid) -> Path:
                 raise ConfigError(
                     f"site '{site}' declares {quote.declared_size} patients, the run another number"
                 )
-        folder = folder or RunFolder.create(config, plans)
+        if folder is None:
+            folder = RunFolder.create(config, plans)
+        else:
+            folder.change(config, plans)
         _say_start(console, config, plans, folder)
         ok, where = False, None
         try:
@@ -81,7 +84,7 @@ def run(config: RunConfig, grid: Grid) -> Path:
             console.end()
             tracker.finish(folder.path, ok=ok)
             if not ok and not config.resume and not folder.rounds_sent():
-                shutil.rmtree(folder.path)
+                folder.discard()
     console.table(summary)
     _say_end(console, folder, where)
     return folder.path
@@ -98,6 +101,14 @@ def _plans(config: RunConfig, folder: RunFolder | None) -> dict[str, PrivacyPlan
     }
 
 
+def _asked(config: RunConfig, plans: dict[str, PrivacyPlan]) -> RunConfig:
+    """The run with the epsilon that it asks the sites for: more rounds of a resumed run cost more."""
+    if not config.resume or config.privacy.kind == "off" or config.privacy.epsilon is None:
+        return config
+    epsilon = max(config.privacy.epsilon, *(plan.epsilon() for plan in plans.values()))
+    return dataclasses.replace(config, privacy=dataclasses.replace(config.privacy, epsilon=epsilon))
+
+
 def _train(
     config: RunConfig,
     sites: Sites,
@@ -108,7 +119,8 @@ def _train(
     tracker: Tracker,
 ) -> Progress:
     progress = folder.load() or Progress(round=0, arrays=model.initialise(config.seed))
-    until = _rounds_left(config, folder, progress, console)
+    interrupted = folder.rounds_sent() - progress.round
+    until = _last_round(config, interrupted, progress, console)
 
     def sent(number: int) -> None:
         folder.journal(event="round-sent", round=number)
@@ -119,17 +131,18 @@ def _train(
         console.round_done(entry, until, private=config.private)
         tracker.log(_tracked(entry), entry["round"])
 
-    loop = Loop(config, sites, plans, folder.path.name, sent=sent, finished=finished, warn=console.warn)
+    loop = Loop(
+        config, sites, plans, folder.path.name, interrupted, sent=sent, finished=finished, warn=console.warn
+    )
     console.begin("federated training", until, progress.round)
     loop.run(progress, until=until)
     console.end()
     return progress
 
 
-def _rounds_left(config: RunConfig, folder: RunFolder, progress: Progress, console: RunConsole) -> int:
+def _last_round(config: RunConfig, interrupted: int, progress: Progress, console: RunConsole) -> int:
     """The round to stop at. A round that was sent and never finished has spent its budget: under privacy the
     run then ends that many rounds earlier, and so stays within its plan."""
-    interrupted = folder.rounds_sent() - progress.round
     if config.resume:
         console.say(f"resumed after round {progress.round} of {config.rounds}")
     if not interrupted or config.privacy.kind == "off":
@@ -150,7 +163,11 @@ def _references(
     alone: dict[str, ScoreCounts] = {}
     for site, plan in plans.items():
         loop = Loop(config, sites, {site: plan}, "local-only", score_rounds=False)
-        progress = loop.run(Progress(round=0, arrays=model.initialise(config.seed)), until=config.rounds)
+        try:
+            progress = loop.run(Progress(round=0, arrays=model.initialise(config.seed)), until=config.rounds)
+        except RunError as error:
+            console.warn(f"no reference of '{site}' alone: {error}")
+            continue
         last = Instruction.of(config, {site: plan}, run_id="local-only", round=config.rounds)
         alone |= sites.evaluate(last, loop.released(progress), [site])
     references = {"local_only": {"private": config.private, **scores(alone)}}

@@ -9,7 +9,7 @@ from typing import TypeVar
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedmed.errors import ConfigError, FedmedError, RunError
+from fedmed.errors import ConfigError, RunError
 from fedmed.metrics import ScoreCounts
 from fedmed.records import (
     Arrays,
@@ -60,6 +60,10 @@ class Sites:
         for node, quote in replies.items():
             if quote.refusal is not None:
                 raise ConfigError(f"site '{quote.site}' refuses the run: {quote.refusal}")
+            if quote.site not in wanted or quote.site in quotes:
+                raise ConfigError(
+                    f"two nodes say that they are site '{quote.site}', or the run has no such site"
+                )
             quotes[quote.site] = quote
             self.nodes[quote.site] = node
         missing = wanted - quotes.keys()
@@ -109,7 +113,8 @@ class Sites:
             traffic.up += array_bytes(reply.content)
             try:
                 answers[node] = read(reply.content)
-            except (FedmedError, KeyError, ValueError, TypeError) as error:
+            # Whatever a site sends, parsers of JSON and arrays may raise anything: it must not end the run.
+            except Exception as error:
                 log.warning("%s sent an unreadable %s reply (%s); dropped", name, kind, type(error).__name__)
         return answers, traffic
 

@@ -20,6 +20,7 @@ BINDING = "pld"
 absl.logging.set_verbosity(absl.logging.ERROR)
 
 
+@lru_cache(maxsize=4096)
 def epsilon_of(event: DpEvent, *, delta: float, accountant: str = BINDING) -> float:
     """The epsilon of an event under adding or removing one unit.
 
@@ -38,7 +39,7 @@ def epsilon_of(event: DpEvent, *, delta: float, accountant: str = BINDING) -> fl
 
 def composed_epsilon(events: Iterable[DpEvent], *, delta: float, accountant: str = BINDING) -> float:
     """Epsilon for a patient who took part at every site: the composition of all events."""
-    return epsilon_of(dp_accounting.ComposedDpEvent(list(events)), delta=delta, accountant=accountant)
+    return epsilon_of(dp_accounting.ComposedDpEvent(tuple(events)), delta=delta, accountant=accountant)
 
 
 @lru_cache(maxsize=1024)

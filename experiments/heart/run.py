@@ -1,0 +1,178 @@
+"""The heart-disease benchmark: `fedmed run -m` for every setting, then results.csv, README's table, the figure.
+
+Every figure is read from the `summary.json` of a run of the command line. Rows that results.csv already holds
+are not run again: the same command continues an interrupted benchmark, and deleting rows repeats them.
+
+Examples:
+  python experiments/heart/run.py                       everything, about half an hour on two cores
+  python experiments/heart/run.py --quick               smoke test: seed 0, two rounds, nothing kept
+  python experiments/heart/run.py --only head-eps3 head-off
+  python experiments/heart/run.py --draws 1 --output /tmp/again
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from figure import draw_figure
+from results import (
+    BEGIN,
+    COLUMNS,
+    END,
+    FOLDER,
+    SEEDS,
+    SETTINGS,
+    Row,
+    Setting,
+    missing,
+    read_rows,
+    replace,
+    table,
+    write_rows,
+)
+
+# One process a sweep: the encoder's frozen part is computed once for all of its seeds.
+COMMON = ("tracking=none", "reference=false", "federation.workers=1")
+
+
+def sweep(
+    setting: Setting, draw: int, seeds: list[int], extra: list[str], commit: str
+) -> tuple[list[Row], int]:
+    """Run one sweep over seeds in a temporary folder.
+
+    Noise comes from the operating system: a draw is a repetition, and its number does not enter the run.
+
+    Returns:
+        the rows of those runs that finished, and the command's exit code (130: Ctrl-C).
+    """
+    overrides = [*setting.overrides.split(), *COMMON, *extra, f"seed={','.join(map(str, seeds))}"]
+    print(f"{setting.name}, draw {draw}: fedmed run -m {' '.join(overrides)}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="fedmed-heart-") as folder:
+        process = subprocess.Popen(
+            [_fedmed(), "run", "-m", *overrides], cwd=folder, stdout=subprocess.DEVNULL
+        )
+        code = _wait(process)
+        # A folder with a summary is a finished run, whatever became of the others.
+        finished = sorted(Path(folder).glob("sweeps/*/*/summary.json"))
+        rows = [_row(setting, draw, json.loads(path.read_text()), commit) for path in finished]
+    for row in rows:
+        print(f"  seed {row['seed']}: {' '.join(f'{name}={row[name]}' for name in COLUMNS[5:9])}", flush=True)
+    return rows, code
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        # The terminal sent Ctrl-C to the sweep as well; once it has ended, its finished runs are collected.
+        process.wait()
+        return 130
+
+
+def _fedmed() -> str:
+    beside = Path(sys.executable).with_name("fedmed")
+    return str(beside) if beside.exists() else "fedmed"
+
+
+def _row(setting: Setting, draw: int, summary: dict[str, Any], commit: str) -> Row:
+    privacy, test = summary["privacy"], summary["test"]
+    spent = [site["epsilon"] for site in privacy["sites"].values()]
+    target = privacy["target_epsilon"]
+    values = (
+        setting.name,
+        "off" if target is None else f"{target:g}",
+        f"{max(spent):.4f}" if privacy["private"] else "off",
+        summary["seed"],
+        draw,
+        f"{test['auc']:.4f}",
+        f"{test['accuracy']:.4f}",
+        f"{statistics.fmean(site['accuracy'] for site in test['sites'].values()):.4f}",
+        f"{summary['seconds']['total']:.1f}",
+        commit,
+    )
+    return {name: str(value) for name, value in zip(COLUMNS, values, strict=True)}
+
+
+def _commit() -> str:
+    """The checkout's short hash, marked where a tracked file differs from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
+    done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def run_missing(arguments: argparse.Namespace, path: Path) -> int:
+    """Fill results.csv; the exit code of the first sweep that did not end well, else 0."""
+    seeds = range(1) if arguments.quick else SEEDS
+    extra = ["rounds=2", "strategy.average_last=1"] if arguments.quick else []
+    commit, rows = _commit(), read_rows(path)
+    for setting in SETTINGS:
+        if arguments.only and setting.name not in arguments.only:
+            continue
+        for draw, left in list(missing(setting, rows, seeds)):
+            if draw >= (1 if arguments.quick else arguments.draws):
+                continue
+            new, code = sweep(setting, draw, left, extra, commit)
+            if new:
+                rows += new
+                write_rows(path, rows)
+            if code:
+                return code
+    return 0
+
+
+def write_pages(folder: Path) -> None:
+    """Write README's table (where the folder has a README) and the figure from results.csv."""
+    rows = read_rows(folder / "results.csv")
+    if not rows:
+        return
+    print(table(rows))
+    draw_figure(rows, folder)
+    readme = folder / "README.md"
+    if readme.exists():
+        before, _, rest = readme.read_text().partition(BEGIN)
+        replace(readme, f"{before}{BEGIN}\n{table(rows)}\n{END}{rest.partition(END)[2]}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [setting.name for setting in SETTINGS]
+    parser.add_argument(
+        "--only", nargs="+", choices=names, metavar="SETTING", help=f"of {', '.join(names)}; default: all"
+    )
+    parser.add_argument(
+        "--draws", type=int, default=3, help="repetitions of each seed under privacy, at most 3 (default)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=FOLDER, help="folder of results.csv and the figure; default: here"
+    )
+    parser.add_argument("--quick", action="store_true", help="seed 0, two rounds, in a temporary folder")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run what is missing, then write table and figure; exit code 0, or that of a sweep that failed."""
+    arguments = _arguments()
+    if arguments.quick:
+        with tempfile.TemporaryDirectory(prefix="fedmed-quick-") as folder:
+            code = run_missing(arguments, Path(folder) / "results.csv")
+            write_pages(Path(folder))
+        return code
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    try:
+        code = run_missing(arguments, arguments.output / "results.csv")
+    finally:
+        write_pages(arguments.output)
+    return code
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main())
