@@ -5,6 +5,7 @@ from flwr.clientapp import ClientApp
 
 from clients import site as local_site
 from fedmed.errors import ConfigError, FedmedError
+from fedmed.flower import constant_failure
 from fedmed.records import (
     Instruction,
     Quote,
@@ -15,7 +16,7 @@ from fedmed.records import (
     update_record,
 )
 
-app = ClientApp()
+app = ClientApp(mods=[constant_failure])
 
 
 @app.query()

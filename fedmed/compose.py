@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedmed import config as schema
-from fedmed.config import OPTIONS, RunConfig, run_config_from_dict
+from fedmed.config import OPTIONS, RunConfig, run_config_from_dict, type_in_words
 from fedmed.data.declaration import read_declaration
 from fedmed.errors import ConfigError, nearest
 
@@ -80,17 +80,20 @@ def compose(overrides: Sequence[str]) -> RunConfig:
         raise ConfigError(
             f"{len(jobs)} runs described by a list of values; sweep over them with: fedmed run -m"
         )
-    resumed = [
-        text for text in overrides if text.partition("=")[0] == "resume" and not text.endswith("=null")
-    ]
-    if resumed:
-        return _resumed(resumed[0].partition("=")[2], [text for text in overrides if text not in resumed])
+    parsed = _parse(jobs[0])
+    resumed = [override for override in parsed if override.key_or_group == "resume"]
+    if resumed and resumed[-1].value() is not None:
+        others = [override for override in parsed if override.key_or_group != "resume"]
+        return _resumed(str(resumed[-1].value()), others)
     with _hydra():
         return _compose(jobs[0])
 
 
 def compose_sweep(overrides: Sequence[str]) -> list[tuple[list[str], RunConfig]]:
     """Every job of a sweep, all composed and checked before the first may start."""
+    for override in _parse(overrides):
+        if override.key_or_group in ("run_dir", "resume"):
+            raise ConfigError(f"'{override.input_line}': not in a sweep, whose runs are new, in sweeps/<time>/<n>")
     with _hydra():
         return [(job, _compose(job)) for job in expand(overrides)]
 
@@ -119,24 +122,38 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
         try:
             override = parser.parse_override(text)
         except HydraException:
-            raise ConfigError(f"'{text}': expected key=value, e.g. rounds=20 or model=minilm") from None
+            raise ConfigError(f"'{text}': {_malformed(text)}") from None
+        key = override.key_or_group
         if override.is_delete():
-            raise ConfigError(
-                f"'{text}': a setting cannot be deleted; set it instead, e.g. {text.lstrip('~')}=…"
-            )
+            raise ConfigError(f"'{text}': a setting cannot be deleted; set it instead, e.g. {key}=…")
+        if override.package is not None:
+            raise ConfigError(f"'{text}': no package can be chosen; expected {key}=…")
+        if not key:
+            raise ConfigError(f"'{text}': {_malformed('')}")
         parsed.append(override)
     return parsed
 
 
+def _malformed(text: str) -> str:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip() or not key.isascii() or not value.strip("= "):
+        return "expected key=value, e.g. rounds=20 or model=minilm"
+    quoted = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f"the value cannot be read; as text, in a shell: '{key}=\"{quoted}\"'"
+
+
 def _compose(overrides: list[str]) -> RunConfig:
-    groups, values = [], []
+    chosen: dict[str, str] = {}
+    values = []
     for override in _parse(overrides):
         key = override.key_or_group
-        if key in GROUPS:
-            _check_option(key, str(override.value()))
-            groups.append(override.input_line)
-        else:
+        if key not in GROUPS:
             values.append(override)
+        elif key == "experiment" and override.value() is None:
+            chosen.pop(key, None)
+        else:
+            chosen[key] = _option(key, override.value())
+    groups = [f"{key}={option}" for key, option in chosen.items()]
     try:
         composed = hydra_compose("config", overrides=groups)
     except (HydraException, OmegaConfBaseException) as error:
@@ -148,6 +165,8 @@ def _compose(overrides: list[str]) -> RunConfig:
         built = OmegaConf.to_object(composed)
     if not isinstance(built, RunConfig):
         raise ConfigError("configs/config.yaml does not build a RunConfig")
+    # Holds to its type what OmegaConf lets pass; and what was composed here can be resumed later.
+    built = run_config_from_dict(schema.to_dict(built))
     return _filled(built, declared | {override.key_or_group.removeprefix("task.") for override in values})
 
 
@@ -183,10 +202,11 @@ def _filled(config: RunConfig, declared: set[str]) -> RunConfig:
     return dataclasses.replace(config, task=fill(config.task, declared=declared))
 
 
-def _check_option(group: str, option: str) -> None:
-    valid = options(group)
-    if option not in valid and not (group == "experiment" and option in ("None", "null")):
+def _option(group: str, asked: object) -> str:
+    option, valid = "null" if asked is None else str(asked), options(group)
+    if option not in valid:
         raise ConfigError(f"{group}={option}: no such {group}; {nearest(option, valid)}")
+    return option
 
 
 def _apply(composed: DictConfig, override: Override) -> None:
@@ -197,17 +217,18 @@ def _apply(composed: DictConfig, override: Override) -> None:
     known = isinstance(parent, DictConfig) and (leaf in parent or _free_keys(parent))
     if not known:
         raise ConfigError(f"'{text}': no setting '{key}'; {nearest(key, [*_keys(composed), *GROUPS])}")
+    hint = _type_name(parent, leaf)
+    # OmegaConf takes 3 for true.
+    if hint == type_in_words(bool) and not isinstance(override.value(), bool):
+        raise ConfigError(f"'{text}': expected {hint}")
     try:
         # A mapping of free keys is replaced whole: its keys are the sites of the run, the columns of a table.
         free = _free_keys(parent) or (
             isinstance(parent._get_node(leaf), DictConfig) and _free_keys(parent[leaf])
         )
         OmegaConf.update(composed, key, override.value(), merge=not free, force_add=free)
-    except OmegaConfBaseException as error:
-        hint = _type_name(parent, leaf)
-        raise ConfigError(
-            f"'{text}': expected {hint}" if hint else f"'{text}': {_first_line(error)}"
-        ) from None
+    except OmegaConfBaseException:
+        raise ConfigError(f"'{text}': expected {hint}") from None
 
 
 def _free_keys(node: DictConfig) -> bool:
@@ -216,12 +237,9 @@ def _free_keys(node: DictConfig) -> bool:
 
 def _type_name(parent: DictConfig, leaf: str) -> str:
     cls = OmegaConf.get_type(parent)
-    names = {f.name: str(f.type) for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
-    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-    declared = names.get(leaf, "").removeprefix("<class '").removesuffix("'>")
-    optional = declared.endswith(" | None")
-    word = words.get(declared.removesuffix(" | None"), declared)
-    return f"{word} or null" if optional else word
+    if dataclasses.is_dataclass(cls):
+        return type_in_words(next(field.type for field in dataclasses.fields(cls) if field.name == leaf))
+    return type_in_words(parent._metadata.element_type)
 
 
 def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
@@ -234,30 +252,35 @@ def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
 
 @contextlib.contextmanager
 def _named(composed: DictConfig) -> Iterator[None]:
-    """Give OmegaConf's complaint about a missing value its key, in one line."""
+    """Give OmegaConf's complaint about a value its key, in one line."""
     try:
         yield
     except OmegaConfBaseException as error:
-        missing = sorted(OmegaConf.missing_keys(composed))
-        if missing:
-            raise ConfigError(f"{missing[0]}: a value is needed, e.g. {missing[0]}=…") from None
-        raise ConfigError(_first_line(error)) from None
+        raise ConfigError(f"{error.full_key or ''}: {_first_line(error)}".removeprefix(": ")) from None
 
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 
 
-def _resumed(folder: str, others: list[str]) -> RunConfig:
+def _resumed(folder: str, others: list[Override]) -> RunConfig:
     path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"resume={folder}: no config.json in it; expected the folder of an earlier run")
-    values: dict[str, Any] = json.loads(path.read_text())
-    for override in _parse(others):
+    try:
+        values = json.loads(path.read_text())
+    except OSError:
+        raise ConfigError(
+            f"resume={folder}: no config.json in it; expected the folder of an earlier run"
+        ) from None
+    except ValueError:
+        raise ConfigError(f"resume={folder}: its config.json is damaged") from None
+    for override in others:
         if override.key_or_group != "rounds":
             raise ConfigError(f"'{override.input_line}': with resume only rounds may change")
-        values["rounds"] = override.value()
-    return dataclasses.replace(run_config_from_dict(values), resume=folder, run_dir=folder)
+    try:
+        values |= {override.key_or_group: override.value() for override in others}
+        return dataclasses.replace(run_config_from_dict(values), resume=folder, run_dir=folder)
+    except ConfigError as error:
+        raise ConfigError(f"resume={folder}: {error}") from None
 
 
 def save(config: RunConfig, path: Path) -> None:

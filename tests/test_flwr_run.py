@@ -45,7 +45,8 @@ def test_flwr_run_gives_the_bits_of_the_in_process_grid(tmp_path: Path, flower: 
     )  # fmt: skip
     assert (ray / "summary.json").exists(), out.stdout[-3000:] + out.stderr[-3000:]
     subprocess.run(
-        [sys.executable, "-c", "from fedmed.cli.main import main; main()", "run", *SETTINGS.split(), f"run_dir={local}"],
+        [sys.executable, "-c", "from fedmed.cli.main import main; main()", "run",
+         *SETTINGS.split(), f"run_dir={local}"],
         check=True, capture_output=True, cwd=tmp_path,
     )  # fmt: skip
     name = Path("adapter") / "adapter.safetensors"
