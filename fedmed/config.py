@@ -350,8 +350,9 @@ class TrainingConfig:
     learning_rate: float | None = None
     momentum: float = 0.0
     weight_decay: float = 0.0
-    # Records in memory at once; larger batches are split without changing the result.
-    physical_batch_size: int = 256
+    # Records in memory at once; larger batches are split without changing the result. null: at most 64, with
+    # gradients of at most 256 MB together.
+    physical_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         _finite(self, "training")
@@ -366,9 +367,8 @@ class TrainingConfig:
         )
         require(0 <= self.momentum < 1, "training.momentum", self.momentum, "0 <= momentum < 1")
         require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, ">= 0")
-        require(
-            self.physical_batch_size >= 1, "training.physical_batch_size", self.physical_batch_size, ">= 1"
-        )
+        size = self.physical_batch_size
+        require(size is None or size >= 1, "training.physical_batch_size", size, ">= 1")
 
 
 @dataclass(frozen=True, kw_only=True)

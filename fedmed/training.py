@@ -18,6 +18,11 @@ from fedmed.privacy.dpsgd import PatientOptimizer, check_sound, private_step
 from fedmed.privacy.plan import PrivacyPlan
 from fedmed.privacy.randomness import RandomSource
 
+# Held at once where no physical batch size is set: bytes of per-record gradients, and records, whose
+# activations in a few transformer blocks take about 10 MB each.
+GRADIENT_BYTES = 256 * 2**20
+LARGEST_PIECE = 64
+
 
 @dataclass(frozen=True)
 class LocalData:
@@ -126,9 +131,10 @@ def _train_private(
     wrapped = GradSampleModule(model, loss_reduction="sum")
     private = PatientOptimizer(optimizer, plan=plan, source=source)
     private.attach_step_hook(pull_back)
+    limit = _physical_batch(model, training)
     try:
         for _ in range(plan.steps_per_round):
-            chunks = _chunks(data, plan, training, source)
+            chunks = _chunks(data, plan, limit, source)
             private_step(
                 wrapped, private, ((_losses(wrapped, data, rows), of, count) for rows, of, count in chunks)
             )
@@ -151,11 +157,12 @@ def _train_plain(
     training: TrainingConfig,
     source: RandomSource,
 ) -> None:
+    limit = _physical_batch(model, training)
     for _ in range(plan.steps_per_round):
         optimizer.zero_grad(set_to_none=True)
         for p in model.adapter().values():
             p.grad = torch.zeros_like(p)
-        for rows, patient_of_record, patients in _chunks(data, plan, training, source):
+        for rows, patient_of_record, patients in _chunks(data, plan, limit, source):
             counts = torch.bincount(patient_of_record, minlength=patients)
             (_losses(model, data, rows) / counts[patient_of_record] / plan.expected_batch).sum().backward()
         pull_back(None)
@@ -164,9 +171,9 @@ def _train_plain(
 
 
 def _chunks(
-    data: LocalData, plan: PrivacyPlan, training: TrainingConfig, source: RandomSource
+    data: LocalData, plan: PrivacyPlan, limit: int, source: RandomSource
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """A step's records, split into pieces that fit in memory with every patient in one piece.
+    """A step's records, split into pieces of about `limit` records with every patient in one piece.
 
     Yields:
         record indices, the patient of each (counted within the piece), and the piece's number of patients.
@@ -177,13 +184,21 @@ def _chunks(
         records = data.records_of[patient]
         if len(records) > plan.records_per_patient:
             records = records[source.choose(len(records), plan.records_per_patient)]
-        if rows and size + len(records) > training.physical_batch_size:
+        if rows and size + len(records) > limit:
             yield _chunk(rows)
             rows, size = [], 0
         rows.append(records)
         size += len(records)
     if rows:
         yield _chunk(rows)
+
+
+def _physical_batch(model: Classifier, training: TrainingConfig) -> int:
+    """How many records may be in memory at once: as declared, else by the size of their gradients."""
+    if training.physical_batch_size is not None:
+        return training.physical_batch_size
+    record = sum(p.numel() * p.element_size() for p in model.adapter().values())
+    return max(1, min(LARGEST_PIECE, GRADIENT_BYTES // record))
 
 
 def _chunk(rows: list[NDArray[np.int64]]) -> tuple[Tensor, Tensor, int]:

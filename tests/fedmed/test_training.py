@@ -15,7 +15,17 @@ from fedmed.models.build import build
 from fedmed.models.classifier import Arrays, Classifier
 from fedmed.privacy.plan import PrivacyPlan, make_plan
 from fedmed.privacy.randomness import RandomSource, operating_system, seeded
-from fedmed.training import LocalData, LocalUpdate, local_parts, logits, set_adapter, train
+from fedmed.training import (
+    GRADIENT_BYTES,
+    LARGEST_PIECE,
+    LocalData,
+    LocalUpdate,
+    _physical_batch,
+    local_parts,
+    logits,
+    set_adapter,
+    train,
+)
 
 SITE = "Switzerland"
 
@@ -179,3 +189,16 @@ def test_an_adapter_of_other_names_or_shapes_is_refused(broken: Callable[[Arrays
     _, model, _, _ = setting()
     with pytest.raises(ValueError, match="adapter arrays"):
         set_adapter(model, broken(model.initialise(0)))
+
+
+def test_a_large_adapter_is_trained_in_small_pieces_without_being_told(hf_overrides: list[str]) -> None:
+    config = compose([*hf_overrides, "tracking=none", "adapter=full"])
+    model = build(config.task, config.model, config.adapter)
+    size = sum(p.numel() * 4 for p in model.adapter().values())
+    assert _physical_batch(model, config.training) == min(LARGEST_PIECE, GRADIENT_BYTES // size)
+    assert _physical_batch(model, compose(["training.physical_batch_size=3", "tracking=none"]).training) == 3
+    tabular = compose(["model=logistic", "tracking=none"])
+    assert (
+        _physical_batch(build(tabular.task, tabular.model, tabular.adapter), tabular.training)
+        == LARGEST_PIECE
+    )
