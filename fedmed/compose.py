@@ -1,11 +1,13 @@
 """From overrides on a command line to checked `RunConfig`s, through Hydra, without its tracebacks."""
 
 import contextlib
+import copy
 import dataclasses
+import functools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
@@ -40,6 +42,7 @@ def _thawed(node: DictConfig) -> DictConfig:
     return node
 
 
+@functools.cache
 def _register() -> None:
     store = ConfigStore.instance()
     store.store(name="_run", node=_thawed(OmegaConf.structured(RunConfig)))
@@ -93,7 +96,9 @@ def compose_sweep(overrides: Sequence[str]) -> list[tuple[list[str], RunConfig]]
     """Every job of a sweep, all composed and checked before the first may start."""
     for override in _parse(overrides):
         if override.key_or_group in ("run_dir", "resume"):
-            raise ConfigError(f"'{override.input_line}': not in a sweep, whose runs are new, in sweeps/<time>/<n>")
+            raise ConfigError(
+                f"'{override.input_line}': not in a sweep, whose runs are new, in sweeps/<time>/<n>"
+            )
     with _hydra():
         return [(job, _compose(job)) for job in expand(overrides)]
 
@@ -136,7 +141,7 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
 
 def _malformed(text: str) -> str:
     key, equals, value = text.partition("=")
-    if not equals or not key.strip() or not key.isascii() or not value.strip("= "):
+    if not equals or not value.strip() or not re.fullmatch(r"[+]*[\w./-]+", key, re.ASCII):
         return "expected key=value, e.g. rounds=20 or model=minilm"
     quoted = value.replace("\\", "\\\\").replace('"', '\\"')
     return f"the value cannot be read; as text, in a shell: '{key}=\"{quoted}\"'"
@@ -153,21 +158,29 @@ def _compose(overrides: list[str]) -> RunConfig:
             chosen.pop(key, None)
         else:
             chosen[key] = _option(key, override.value())
-    groups = [f"{key}={option}" for key, option in chosen.items()]
-    try:
-        composed = hydra_compose("config", overrides=groups)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"{' '.join(groups)}: {_first_line(error)}") from None
+    # A copy, since values are set in it.
+    composed = copy.deepcopy(_composed(*(f"{key}={option}" for key, option in chosen.items())))
     declared = _merge_declaration(composed, values)
     for override in values:
         _apply(composed, override)
-    with _named(composed):
+    try:
         built = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or 'settings'}: {_first_line(error)}") from None
     if not isinstance(built, RunConfig):
         raise ConfigError("configs/config.yaml does not build a RunConfig")
     # Holds to its type what OmegaConf lets pass; and what was composed here can be resumed later.
     built = run_config_from_dict(schema.to_dict(built))
     return _filled(built, declared | {override.key_or_group.removeprefix("task.") for override in values})
+
+
+@functools.lru_cache(maxsize=64)
+def _composed(*groups: str) -> DictConfig:
+    """The options that were chosen. The jobs of a sweep share most of them, and Hydra takes its time."""
+    try:
+        return hydra_compose("config", overrides=list(groups))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"{' '.join(groups)}: {_first_line(error)}") from None
 
 
 def _merge_declaration(composed: DictConfig, values: list[Override]) -> set[str]:
@@ -218,8 +231,9 @@ def _apply(composed: DictConfig, override: Override) -> None:
     if not known:
         raise ConfigError(f"'{text}': no setting '{key}'; {nearest(key, [*_keys(composed), *GROUPS])}")
     hint = _type_name(parent, leaf)
-    # OmegaConf takes 3 for true.
-    if hint == type_in_words(bool) and not isinstance(override.value(), bool):
+    # OmegaConf takes 3 for true, and ??? for no value.
+    truth = hint == type_in_words(bool)
+    if override.value() == "???" or (truth and not isinstance(override.value(), bool)):
         raise ConfigError(f"'{text}': expected {hint}")
     try:
         # A mapping of free keys is replaced whole: its keys are the sites of the run, the columns of a table.
@@ -250,15 +264,6 @@ def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
             yield from _keys(child, f"{prefix}{key}.")
 
 
-@contextlib.contextmanager
-def _named(composed: DictConfig) -> Iterator[None]:
-    """Give OmegaConf's complaint about a value its key, in one line."""
-    try:
-        yield
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or ''}: {_first_line(error)}".removeprefix(": ")) from None
-
-
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 
@@ -272,17 +277,16 @@ def _resumed(folder: str, others: list[Override]) -> RunConfig:
             f"resume={folder}: no config.json in it; expected the folder of an earlier run"
         ) from None
     except ValueError:
-        raise ConfigError(f"resume={folder}: its config.json is damaged") from None
+        values = None
+    if not isinstance(values, dict):
+        raise ConfigError(f"resume={folder}: its config.json is damaged")
     for override in others:
         if override.key_or_group != "rounds":
             raise ConfigError(f"'{override.input_line}': with resume only rounds may change")
+        values["rounds"] = override.value()
     try:
-        values |= {override.key_or_group: override.value() for override in others}
         return dataclasses.replace(run_config_from_dict(values), resume=folder, run_dir=folder)
     except ConfigError as error:
         raise ConfigError(f"resume={folder}: {error}") from None
 
 
-def save(config: RunConfig, path: Path) -> None:
-    """Write the configuration so that `resume` can read it back."""
-    path.write_text(json.dumps(schema.to_dict(config), indent=2) + "\n")

@@ -166,8 +166,11 @@ class TextModelConfig:
     # Principal components kept (0: centring only), each divided by its deviation to the power `whitening`.
     components: int = 0
     whitening: float = 0.5
+    # Root-mean-square norm of the features over the synthetic sentences.
+    feature_norm: float = 1.0
 
     def __post_init__(self) -> None:
+        _finite(self, "model")
         require(self.kind == "text", "model.kind", self.kind, "text")
         require(
             bool(self.path) if self.package is None else self.path is None,
@@ -200,7 +203,9 @@ class TextModelConfig:
             self.components,
             "fewer than model.synthetic_sentences",
         )
+        require(self.feature_norm > 0, "model.feature_norm", self.feature_norm, "> 0")
         require(0 <= self.whitening <= 1, "model.whitening", self.whitening, "0 (rotation only) to 1 (full)")
+        require(self.feature_norm > 0, "model.feature_norm", self.feature_norm, "> 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,10 +270,13 @@ class PrivacyConfig:
             (self.epsilon, self.noise_multiplier),
             "exactly one of the two (for a given noise: privacy.epsilon=null privacy.noise_multiplier=2)",
         )
-        for name in ("epsilon", "noise_multiplier", "max_grad_norm"):
+        # Outside these bounds the accountant takes minutes, or has no answer.
+        bounds = {"epsilon": (1e-3, 100), "noise_multiplier": (0.1, 10_000), "delta": (1e-12, 0.1)}
+        for name, (low, high) in bounds.items():
             value = getattr(self, name)
-            require(value is None or value > 0, f"privacy.{name}", value, "> 0")
-        require(self.delta is None or 0 < self.delta < 1, "privacy.delta", self.delta, "between 0 and 1")
+            ok = value is None or low <= value <= high
+            require(ok, f"privacy.{name}", value, f"> 0, from {low:g} to {high:g}")
+        require(self.max_grad_norm > 0, "privacy.max_grad_norm", self.max_grad_norm, "> 0")
         require(
             self.records_per_patient >= 1, "privacy.records_per_patient", self.records_per_patient, ">= 1"
         )
@@ -547,7 +555,7 @@ def type_in_words(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return f"{type_in_words(args[0])} or null"
     if dataclasses.is_dataclass(hint) or origin is dict:
-        return "a mapping, e.g. {a: 1}" if origin else "one of its settings, each by its own name"
+        return "a mapping, e.g. {a: 1}" if origin else "its settings one by one, as KEY.SETTING=VALUE"
     if origin is list:
         return f"a list, e.g. [a, b], each {type_in_words(args[0])}"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))

@@ -1,6 +1,7 @@
 """The exceptions that fedmed raises on purpose: each message names the value, what was expected, the next step."""
 
 import difflib
+import os
 from collections.abc import Iterable
 
 
@@ -32,6 +33,12 @@ class RunError(FedmedError):
     exit_code = 1
 
 
+class Interrupted(FedmedError):
+    """A person stopped a run. The message names the folder from which it can go on."""
+
+    exit_code = 130
+
+
 def require(ok: bool, name: str, value: object, expected: str) -> None:
     """Raise `ConfigError` naming the setting, its value and the expectation, unless `ok`.
 
@@ -40,7 +47,18 @@ def require(ok: bool, name: str, value: object, expected: str) -> None:
     fedmed.errors.ConfigError: privacy.max_grad_norm=-1.0: expected > 0
     """
     if not ok:
-        raise ConfigError(f"{name}={value}: expected {expected}")
+        raise ConfigError(f"{name}={'null' if value is None else value}: expected {expected}")
+
+
+def internal(error: BaseException) -> str:
+    """An unexpected exception as one line: its type and its place, without its text, which may hold data."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else "?"
+    # The system's own words for an error number, e.g. "No space left on device".
+    words = f" ({os.strerror(error.errno)})" if isinstance(error, OSError) and error.errno else ""
+    return f"internal: {type(error).__name__}{words} at {place}; set FEDMED_DEBUG=1 for the traceback"
 
 
 def nearest(wrong: str, valid: Iterable[str]) -> str:

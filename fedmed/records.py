@@ -188,4 +188,8 @@ def _values(name: str, content: RecordDict) -> dict[str, Any]:
 def _arrays(content: RecordDict) -> Arrays:
     if "arrays" not in content.array_records:
         return {}
-    return {name: array.numpy() for name, array in content.array_records["arrays"].items()}
+    arrays = {name: array.numpy() for name, array in content.array_records["arrays"].items()}
+    if not all(isinstance(values, np.ndarray) for values in arrays.values()):
+        # NumPy opens an archive as something that looks like a mapping.
+        raise RunError("an array's bytes are an archive")
+    return arrays

@@ -60,6 +60,8 @@ class MlflowTracker:
 
     def start(self, config: RunConfig, folder: Path) -> dict[str, str]:
         logging.getLogger("alembic").setLevel(logging.WARNING)
+        # Read when MLflow is loaded: it would report its use to its makers.
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         from mlflow import MlflowClient
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -70,12 +72,12 @@ class MlflowTracker:
             self._client.search_experiments(max_results=1)
             if earlier:
                 self._client.update_run(earlier, status="RUNNING")
+            else:
+                write_bytes(saved, (self._create(config) + "\n").encode())
         # What is raised depends on the scheme: a database's driver has exceptions of its own, or is missing.
         except Exception as error:
-            what = f"continue run {earlier} there" if earlier else "open it"
+            what = f"continue run {earlier} there" if earlier else "start a run there"
             raise _cannot(self._config.uri, f"MLflow cannot {what} ({type(error).__name__})") from None
-        if not earlier:
-            write_bytes(saved, (self._create(config) + "\n").encode())
         self._run_id = saved.read_text().strip()
         return {"uri": self._config.uri, "run_id": self._run_id}
 
@@ -98,7 +100,7 @@ class MlflowTracker:
         for site in config.task.declared_sizes if config.private else ():
             plan = make_plan(config, site)
             claim = f"{BINDING} accountant, delta {plan.delta:g}, {plan.adjacency}"
-            self._client.set_tag(run.info.run_id, f"epsilon.{BINDING}/{site}", claim)
+            self._client.set_tag(run.info.run_id, _name(f"epsilon.{BINDING}/{site}"), claim)
         reason = config.not_private_reason()
         self._client.set_tag(run.info.run_id, "privacy", f"NOT PRIVATE ({reason})" if reason else "private")
         return str(run.info.run_id)

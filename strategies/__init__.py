@@ -3,28 +3,36 @@
 A strategy sees only the sites' updates (differences to the global adapter) and their declared sizes.
 """
 
-from collections.abc import Callable
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from fedmed.config import StrategyConfig
-from strategies.base import Strategy, Update
-from strategies.fedavg import FedAvg
-from strategies.fedavgm import FedAvgM
-from strategies.fedopt import FedAdagrad, FedAdam, FedYogi
+if TYPE_CHECKING:
+    from fedmed.config import StrategyConfig
+    from strategies.base import Strategy, Update
 
-STRATEGIES: dict[str, Callable[[StrategyConfig], Strategy]] = {
-    "fedavg": FedAvg,
+# Module and class of each kind: NumPy waits until a strategy is wanted, since `fedmed --help` passes here.
+STRATEGIES = {
+    "fedavg": "strategies.fedavg:FedAvg",
     # FedProx (Li et al. 2020) changes what a site does, not how updates are averaged.
-    "fedprox": FedAvg,
-    "fedavgm": FedAvgM,
-    "fedadam": FedAdam,
-    "fedyogi": FedYogi,
-    "fedadagrad": FedAdagrad,
+    "fedprox": "strategies.fedavg:FedAvg",
+    "fedavgm": "strategies.fedavgm:FedAvgM",
+    "fedadam": "strategies.fedopt:FedAdam",
+    "fedyogi": "strategies.fedopt:FedYogi",
+    "fedadagrad": "strategies.fedopt:FedAdagrad",
 }
 
 
-def build(config: StrategyConfig) -> Strategy:
+def build(config: "StrategyConfig") -> "Strategy":
     """The strategy that a configuration names."""
-    return STRATEGIES[config.kind](config)
+    module, _, name = STRATEGIES[config.kind].partition(":")
+    strategy: Strategy = getattr(importlib.import_module(module), name)(config)
+    return strategy
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Strategy", "Update"):
+        return getattr(importlib.import_module("strategies.base"), name)
+    raise AttributeError(name)
 
 
 __all__ = ["STRATEGIES", "Strategy", "Update", "build"]

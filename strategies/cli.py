@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -65,12 +66,13 @@ def run(
     texts = list(overrides or [])
     if not multirun:
         config = compose(texts)
-        _check(config)
+        _check_folder(config)
+        _warn(_check(config))
         _run_local(config, texts)
         return
     jobs = compose_sweep(texts)
-    for _, config in jobs:
-        _check(config)
+    _check_folder(jobs[0][1])
+    _warn([warning for _, config in jobs for warning in _check(config)])
     from strategies.sweep import run_sweep
 
     run_sweep(jobs, _run_local)
@@ -84,20 +86,32 @@ def plan(
     from fedmed.compose import compose
 
     config = compose(list(overrides or []))
-    _check(config)
+    _warn(_check(config, records=False))
     from strategies.forecast import forecast
 
     values = forecast(config)
     if as_json:
-        print(json.dumps(values, indent=2))
+        print(json.dumps(values, indent=2, allow_nan=False))
     else:
         from strategies.console import print_forecast
 
         print_forecast(values)
 
 
-def _check(config: "RunConfig") -> None:
-    """Everything that can be wrong with a run on this machine, before torch is loaded."""
+def _warn(warnings: Iterable[str]) -> None:
+    for warning in dict.fromkeys(warnings):
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def _check(config: "RunConfig", *, records: bool = True) -> list[str]:
+    """Everything that can be wrong with a run on this machine, before torch is loaded.
+
+    Args:
+        records: also read every site's records, whose split may make the site's key: what a plan must not do.
+
+    Returns:
+        What a person should know of the data: one sentence for each reason that left records out.
+    """
     from fedmed.data.table import read_site, sites_in
     from fedmed.errors import ConfigError
     from fedmed.models.loading import check_digest, locate
@@ -105,10 +119,6 @@ def _check(config: "RunConfig") -> None:
     from fedmed.tracking import check
 
     check(config.tracking)
-    if config.run_dir and not config.resume and (Path(config.run_dir) / "config.json").exists():
-        raise ConfigError(
-            f"run_dir={config.run_dir}: holds a run already; continue it with: fedmed run resume={config.run_dir}"
-        )
     if not config.task.declared_sizes:
         # The column's values are not listed: of a mistyped column they might be patient ids.
         found = len(sites_in(config.task))
@@ -119,20 +129,64 @@ def _check(config: "RunConfig") -> None:
         )
     if config.model.kind == "text":
         check_digest(config.model, locate(config.model))
+    warnings = []
     for site in config.task.declared_sizes:
         make_plan(config, site)
-        data = read_site(config.task, site, seed=config.seed)
-        for warning in data.manifest.warnings:
-            print(f"warning: site '{site}': {warning}", file=sys.stderr)
-        for reason, count in data.manifest.quarantined.items():
-            print(f"warning: site '{site}': {count} record(s) left out: {reason}", file=sys.stderr)
+        if not records:
+            continue
+        manifest = read_site(config.task, site, seed=config.seed).manifest
+        warnings += [f"site '{site}': {warning}" for warning in manifest.warnings]
+        left_out = manifest.quarantined.items()
+        warnings += [f"site '{site}': {count} record(s) left out: {reason}" for reason, count in left_out]
     undeclared = {
         site: rows for site, rows in sites_in(config.task).items() if site not in config.task.declared_sizes
     }
     if undeclared:
         total = sum(undeclared.values())
-        print(
-            f"warning: {total} record(s) left out: their site is not in task.declared_sizes", file=sys.stderr
+        warnings.append(f"{total} record(s) left out: their site is not in task.declared_sizes")
+    return warnings
+
+
+def _check_folder(config: "RunConfig") -> None:
+    """Whether a new run's folder can be made and is empty, or an earlier run's can be read."""
+    from fedmed.errors import ConfigError
+
+    if config.resume:
+        _check_resumable(config, config.resume)
+        return
+    name = config.run_dir or "runs"
+    try:
+        path = Path(name).absolute()
+        if config.run_dir and (path / "config.json").exists():
+            raise ConfigError(
+                f"run_dir={name}: holds a run already; continue it with: fedmed run resume={name}"
+            )
+        if config.run_dir and path.is_dir() and any(path.iterdir()):
+            # Tracking uploads what is in a run's folder.
+            raise ConfigError(f"run_dir={name}: holds other files; expected a new or an empty folder")
+        existing = next(folder for folder in (path, *path.parents) if folder.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise ConfigError(f"run_dir={name}: {existing} is no folder that can be written to")
+    except OSError as error:
+        raise ConfigError(f"run_dir={name}: cannot be used ({error.strerror})") from None
+
+
+def _check_resumable(config: "RunConfig", name: str) -> None:
+    from safetensors import SafetensorError
+
+    from fedmed.errors import ConfigError
+    from strategies.folder import RunFolder
+
+    folder = RunFolder(Path(name))
+    try:
+        whole = folder.plans().keys() == config.task.declared_sizes.keys()
+        folder.rounds_sent()
+        folder.load()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+        whole = False
+    if not whole:
+        raise ConfigError(
+            f"resume={name}: its plans.json, journal.jsonl or checkpoint.safetensors is damaged"
         )
 
 

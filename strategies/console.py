@@ -17,19 +17,22 @@ from rich.table import Table
 from fedmed.privacy.accounting import round_up
 
 
+def plain_console() -> Console:
+    """A console that shows values as they are: `[a]` is no markup, `:heart:` no emoji."""
+    return Console(highlight=False, markup=False, emoji=False)
+
+
 class RunConsole:
     """Prints progress: a live bar on a terminal, one line a round elsewhere."""
 
     def __init__(self) -> None:
-        self._console = Console(highlight=False)
+        self._console = plain_console()
         self._bar: Progress | None = None
         self._task: Any = None
 
     def say(self, text: str, style: str = "") -> None:
         """One line."""
-        (self._bar.console if self._bar else self._console).print(
-            text, style=style, markup=False, soft_wrap=True
-        )
+        (self._bar.console if self._bar else self._console).print(text, style=style, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """One line that stands out."""
@@ -133,7 +136,7 @@ def _total(privacy: dict[str, Any]) -> int:
 
 def print_forecast(values: dict[str, Any]) -> None:
     """The forecast of `fedmed plan`."""
-    console = Console(highlight=False)
+    console = plain_console()
     privacy, seconds = values["privacy"], values["seconds"]
     table = Table(title=f"forecast: {values['rounds']} rounds of {values['steps_per_round']} steps")
     for name in ("site", "declared\ntraining size", "epsilon\n(PLD)", "epsilon\n(RDP)", "delta", "noise\nmultiplier",
@@ -168,4 +171,4 @@ def print_forecast(values: dict[str, Any]) -> None:
     else:
         lines.insert(0, f"NOT PRIVATE: {privacy['not_private_reason']}")
     for line in lines:
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)

@@ -9,7 +9,8 @@ import numpy as np
 
 from fedmed.config import RunConfig
 from fedmed.data.dataset import Manifest, SiteDataset
-from fedmed.data.table import feature_names, synthetic_sentences
+from fedmed.data.sentences import synthetic_sentences
+from fedmed.data.table import feature_names
 from fedmed.models.build import build
 from fedmed.privacy.plan import PrivacyPlan, make_plan
 from fedmed.privacy.randomness import seeded

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from flwr.serverapp import Grid
 
 from fedmed.atomic import write_json
 from fedmed.config import RunConfig
-from fedmed.errors import ConfigError, RunError
+from fedmed.errors import ConfigError, Interrupted, RunError
 from fedmed.metrics import ScoreCounts
 from fedmed.models.build import build as build_model
 from fedmed.models.classifier import Classifier
@@ -36,6 +37,7 @@ def run(config: RunConfig, grid: Grid) -> Path:
     Raises:
         FedmedError: a setting, the data or a site stands in the way; nothing half-written is left behind
             unless a round had been sent.
+        Interrupted: Ctrl-C after a round had been sent.
     """
     began = time.monotonic()
     console = RunConsole()
@@ -58,9 +60,9 @@ def run(config: RunConfig, grid: Grid) -> Path:
             folder = RunFolder.create(config, plans)
         else:
             folder.change(config, plans)
-        _say_start(console, config, plans, folder)
         ok, where = False, None
         try:
+            _say_start(console, config, plans, folder)
             where = tracker.start(config, folder.path)
             progress = _train(config, sites, plans, folder, model, console, tracker)
             loop = Loop(config, sites, plans, folder.path.name)
@@ -80,6 +82,11 @@ def run(config: RunConfig, grid: Grid) -> Path:
             # Last: a folder with a summary is a finished run.
             write_json(folder.path / "summary.json", summary)
             ok = True
+        except KeyboardInterrupt:
+            if not (config.resume or folder.rounds_sent()):
+                raise
+            again = shlex.join(["fedmed", "run", f"resume={folder.path}"])
+            raise Interrupted(f"interrupted; finished rounds are kept: continue with: {again}") from None
         finally:
             console.end()
             tracker.finish(folder.path, ok=ok)

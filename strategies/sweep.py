@@ -1,7 +1,10 @@
 """A sweep: runs one after the other, and what they cost together."""
 
+import itertools
 import json
+import os
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,41 +14,70 @@ from rich.table import Table
 
 from fedmed.atomic import write_json
 from fedmed.config import RunConfig
-from fedmed.errors import FedmedError, RunError
+from fedmed.errors import FedmedError, Interrupted, RunError, internal
 from fedmed.privacy.accounting import composed_epsilon, round_up
 from fedmed.privacy.plan import make_plan
+from strategies.console import plain_console
 
+NOT_STARTED = "not started"
 Job = tuple[list[str], RunConfig]
 
 
 def run_sweep(jobs: list[Job], run: Callable[[RunConfig, list[str]], None]) -> None:
     """Do every job in `sweeps/<time>/<n>/`, then say what each gave and what all cost.
 
-    A job that fails does not stop the others.
+    A job that fails does not stop the others. Every job that was started counts as spent.
 
     Raises:
         RunError: at the end, when any job failed.
+        Interrupted: Ctrl-C, which ends the sweep.
     """
-    console = Console(highlight=False)
-    root = Path("sweeps") / time.strftime("%Y%m%d-%H%M%S")
+    console = plain_console()
+    root = _free()
     failed: dict[int, str] = {}
+    interrupted: Interrupted | None = None
     for index, (overrides, config) in enumerate(jobs):
-        console.print(f"\n[{index + 1}/{len(jobs)}] {' '.join(overrides)}", style="bold", markup=False)
+        console.print(f"\n[{index + 1}/{len(jobs)}] {' '.join(overrides)}", style="bold", soft_wrap=True)
         try:
             run(config, [*overrides, f"run_dir={root / str(index)}"])
-        except FedmedError as error:
-            failed[index] = str(error)
-            console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        except (KeyboardInterrupt, Interrupted) as error:
+            if not root.exists():
+                raise
+            # An interrupted run's own message tells how to continue it.
+            own = isinstance(error, Interrupted)
+            interrupted = Interrupted(str(error) if own else f"interrupted; finished jobs are kept: {root}")
+            failed |= {index: "interrupted"} | dict.fromkeys(range(index + 1, len(jobs)), NOT_STARTED)
+            break
+        except Exception as error:
+            failed[index] = _why(error)
+            console.print(f"error: {failed[index]}", style="red", soft_wrap=True)
     rows = [
         _row(root / str(index), overrides, failed.get(index)) for index, (overrides, _) in enumerate(jobs)
     ]
-    total = _composed([config for _, config in jobs])
+    total = _composed([config for index, (_, config) in enumerate(jobs) if failed.get(index) != NOT_STARTED])
     root.mkdir(parents=True, exist_ok=True)
     write_json(root / "sweep.json", {"jobs": rows, "epsilon_of_all_jobs": total})
     _print(console, rows, total)
     console.print(str(root / "sweep.json"), soft_wrap=True)
+    if interrupted:
+        raise interrupted
     if failed:
-        raise RunError(f"{len(failed)} of {len(jobs)} jobs failed")
+        raise RunError(f"{len(failed)} of {len(jobs)} jobs failed; why is in {root / 'sweep.json'}")
+
+
+def _free() -> Path:
+    """A folder that does not exist yet, also when several sweeps start in one second."""
+    stem = Path("sweeps") / time.strftime("%Y%m%d-%H%M%S")
+    numbered = (stem.with_name(f"{stem.name}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([stem], numbered) if not path.exists())
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, FedmedError):
+        return str(error)
+    if os.environ.get("FEDMED_DEBUG"):
+        traceback.print_exception(error)
+    return internal(error)
 
 
 def _row(folder: Path, overrides: list[str], error: str | None) -> dict[str, Any]:
@@ -70,14 +102,13 @@ def _claim(privacy: dict[str, Any]) -> str | None:
 
 
 def _composed(configs: list[RunConfig]) -> float | None:
-    """What the sweep spent at one site, winner and losers together (privacy.md, rule 14); None if any job was
-    not private or the jobs trained on different sites."""
-    sites = {tuple(config.task.declared_sizes) for config in configs}
-    if len(sites) != 1 or not all(config.private for config in configs):
+    """What the sweep spent at one site, winner and losers together (privacy.md, rule 14): of all sites the
+    largest. None if any job was not private, or a patient is the unit of one and a record that of another."""
+    if not all(config.private for config in configs) or len({config.task.unit for config in configs}) != 1:
         return None
     largest = 0.0
-    for site in next(iter(sites)):
-        plans = [make_plan(config, site) for config in configs]
+    for site in {site for config in configs for site in config.task.declared_sizes}:
+        plans = [make_plan(config, site) for config in configs if site in config.task.declared_sizes]
         delta = max(plan.delta for plan in plans)
         largest = max(largest, composed_epsilon([plan.event() for plan in plans], delta=delta))
     return largest
@@ -89,7 +120,8 @@ def _print(console: Console, rows: list[dict[str, Any]], total: float | None) ->
         table.add_column(name, justify="left" if name == "job" else "right")
     for row in rows:
         if row["error"] is not None or "auc" not in row:
-            table.add_row(" ".join(row["overrides"]), "failed", "", "")
+            failure = row["error"] if row["error"] in ("interrupted", NOT_STARTED) else "failed"
+            table.add_row(" ".join(row["overrides"]), failure, "", "")
             continue
         epsilon = "NOT PRIVATE" if row["epsilon"] is None else f"{round_up(row['epsilon']):.2f}"
         figures = ["one class" if row[name] is None else f"{row[name]:.3f}" for name in ("auc", "accuracy")]
@@ -101,5 +133,11 @@ def _print(console: Console, rows: list[dict[str, Any]], total: float | None) ->
     if total is not None:
         console.print(
             f"all jobs together: epsilon {round_up(total):.2f} (PLD) at a site: a sweep spends what all its runs spend",
+            soft_wrap=True,
+        )
+    else:
+        console.print(
+            "NOT PRIVATE as a whole: a job of the sweep is not private, or the jobs protect different units",
+            style="bold red",
             soft_wrap=True,
         )

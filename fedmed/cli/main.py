@@ -1,12 +1,14 @@
 """The root command: finds the commands, and turns every failure into one line and an exit code."""
 
 import os
+import re
 import sys
 from importlib.metadata import entry_points
 
+import click
 import typer
 
-from fedmed.errors import FedmedError
+from fedmed.errors import FedmedError, internal
 
 HELP = """Federated fine-tuning of medical foundation models with patient-level differential privacy.
 
@@ -16,6 +18,8 @@ Examples:
   fedmed plan privacy.epsilon=1
   fedmed task describe patients.csv --site-column hospital --label outcome
 """
+
+LONGEST = 1000
 
 
 def build_app() -> typer.Typer:
@@ -39,11 +43,22 @@ def main() -> None:
     ):
         os.environ.setdefault(name, value)
     try:
-        build_app()(standalone_mode=True)
+        # Standalone, click would print three lines for a wrong option.
+        code = typer.main.get_command(build_app()).main(prog_name="fedmed", standalone_mode=False)
+        if code == 130:
+            # What Typer makes of Ctrl-C. A run that can go on raises `Interrupted` instead.
+            _fail("interrupted; nothing was kept", 130)
+        sys.exit(code or 0)
     except FedmedError as error:
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted; finished rounds are kept: continue with fedmed run resume=<run folder>", 130)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(2)
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        _fail(f"{error.format_message()} See: {context.command_path if context else 'fedmed'} --help", 2)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted; nothing was kept", 130)
     except BrokenPipeError:
         # The reader (head, less) is gone; there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -51,14 +66,13 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("FEDMED_DEBUG"):
             raise
-        # The text of a foreign exception may hold data; its type and place do not.
-        trace = error.__traceback__
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        place = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else "?"
-        _fail(f"internal: {type(error).__name__} at {place}; set FEDMED_DEBUG=1 for the traceback", 1)
+        _fail(internal(error), 1)
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    """End with one line, whatever a value in it holds: line breaks, escape codes, a megabyte."""
+    line = re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", message)
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST // 2]} … {line[-LONGEST // 2 :]}"
+    print(f"error: {line}", file=sys.stderr)
     sys.exit(code)

@@ -10,7 +10,7 @@ import importlib.resources
 import io
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from fedmed.config import ColumnConfig, TableTaskConfig
 from fedmed.data.dataset import Manifest, SiteDataset
+from fedmed.data.sentences import bounds, category_phrase, numeric_phrase, sentence
 from fedmed.data.split import hash_split, shuffle_split, site_key
 from fedmed.errors import DataError, nearest
 
@@ -30,8 +31,6 @@ READER = "table/2"
 BLANK_WORDS = frozenset({"na", "n/a", "#n/a", "<na>", "nan", "null", "none"})
 # The indicator of a blank cell: as wide as a numeric column's range from -1 to 1.
 BLANK = 2.0
-# How often a column of a synthetic record is blank, where a blank has a phrase.
-SYNTHETIC_BLANKS = 0.15
 
 
 def locate(path: str) -> Path:
@@ -178,7 +177,7 @@ def read_site(task: TableTaskConfig, site: str, *, seed: int) -> SiteDataset:
     return SiteDataset(
         site=site,
         features=_features(task, columns, keep),
-        texts=[_sentence(task, (column.phrases[row] for column in columns.values())) for row in keep],
+        texts=[sentence(task, (column.phrases[row] for column in columns.values())) for row in keep],
         labels=positive.astype(np.float32),
         patients=patients,
         test=test,
@@ -222,29 +221,6 @@ def feature_names(task: TableTaskConfig) -> list[str]:
     return names
 
 
-def synthetic_sentences(task: TableTaskConfig, count: int) -> list[str]:
-    """Sentences drawn from the declaration alone: a public constant, the same at every site.
-
-    Each column is drawn uniformly from its range or categories; one that declares a phrase for blanks is
-    blank with probability `SYNTHETIC_BLANKS`.
-    """
-    draws = np.random.default_rng(0)
-    sentences = []
-    for _ in range(count):
-        words = []
-        for name, column in task.columns.items():
-            blank = draws.random() < SYNTHETIC_BLANKS
-            if column.kind == "numeric":
-                words.append(_numeric_phrase(name, column, draws.uniform(*_bounds(column))))
-            else:
-                category = column.categories[int(draws.integers(len(column.categories)))]
-                words.append(_category_phrase(name, column, category))
-            if blank and column.blank:
-                words[-1] = column.blank
-        sentences.append(_sentence(task, words))
-    return sentences
-
-
 def _check_columns(task: TableTaskConfig, table: pd.DataFrame) -> None:
     roles = {"task.site_column": task.site_column, "task.label": task.label}
     if task.patient_column is not None:
@@ -276,13 +252,6 @@ def has_header(table: pd.DataFrame) -> bool:
     )
 
 
-def _bounds(column: ColumnConfig) -> tuple[float, float]:
-    # For the type checker: a numeric ColumnConfig without both does not come into being.
-    assert column.low is not None
-    assert column.high is not None
-    return column.low, column.high
-
-
 def numbers_in(cells: pd.Series) -> NDArray[np.float64]:
     """Each cell's number, NaN where it is none."""
     return pd.to_numeric(cells, errors="coerce").to_numpy(dtype=np.float64)
@@ -292,7 +261,7 @@ def _parse(name: str, column: ColumnConfig, cells: pd.Series) -> _Column:
     empty = blank_cells(cells, declared=[*column.categories, *column.missing])
     blank = empty | cells.isin(column.missing).to_numpy(dtype=bool)
     if column.kind == "numeric":
-        low, high = _bounds(column)
+        low, high = bounds(column)
         numbers = numbers_in(cells)
         # A cell of 0.0 is as missing as one of 0.
         blank |= np.isin(numbers, numbers_in(pd.Series(column.missing, dtype=str)))
@@ -300,14 +269,14 @@ def _parse(name: str, column: ColumnConfig, cells: pd.Series) -> _Column:
         refused = ~blank & ~finite
         clipped = np.clip(np.where(finite, numbers, low), low, high)
         values = np.where(blank, 0.0, 2 * (clipped - low) / (high - low) - 1)[:, None].astype(np.float32)
-        written = [_numeric_phrase(name, column, value) for value in clipped]
+        written = [numeric_phrase(name, column, value) for value in clipped]
     else:
         refused = ~blank & ~cells.isin(column.categories).to_numpy(dtype=bool)
         # Reference coding: the first category is all zeros, as the intercept speaks for it.
         values = np.zeros((len(cells), len(column.categories) - 1), dtype=np.float32)
         for index, value in enumerate(column.categories[1:]):
             values[:, index] = (cells == value) & ~blank
-        written = [_category_phrase(name, column, str(cell)) for cell in cells]
+        written = [category_phrase(name, column, str(cell)) for cell in cells]
     phrases = [column.blank if unknown else phrase for unknown, phrase in zip(blank, written, strict=True)]
     return _Column(values, phrases, empty, blank, refused)
 
@@ -329,22 +298,3 @@ def _features(
 
 def _has_indicator(task: TableTaskConfig, column: ColumnConfig) -> bool:
     return task.blanks == "indicator" or bool(column.missing)
-
-
-def _sentence(task: TableTaskConfig, phrases: Iterable[str]) -> str:
-    return task.separator.join(filter(None, phrases)) + "."
-
-
-def _numeric_phrase(name: str, column: ColumnConfig, value: float) -> str:
-    place = int(np.searchsorted(column.cutoffs, value, side="right"))
-    word = column.cutoff_words[place] if column.cutoff_words else ""
-    return _template(name, column).format(value=f"{value:.{column.decimals}f}", word=word)
-
-
-def _category_phrase(name: str, column: ColumnConfig, category: str) -> str:
-    return column.words.get(category, _template(name, column).format(value=category, word=category))
-
-
-def _template(name: str, column: ColumnConfig) -> str:
-    """The column's phrase; a brace in a column's name is only a brace."""
-    return column.phrase or name.replace("{", "{{").replace("}", "}}") + " {value}"

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fedmed.config import AdapterConfig, TableTaskConfig, TabularModelConfig, TextModelConfig
 from fedmed.data.dataset import SiteDataset
-from fedmed.data.table import feature_names, synthetic_sentences
+from fedmed.data.sentences import synthetic_sentences
+from fedmed.data.table import feature_names
 from fedmed.models.adapters import add_adapter
 from fedmed.models.loading import load_encoder
 from fedmed.models.prefix import capture, first_trainable_block, replayed, transformer_blocks
@@ -197,8 +198,8 @@ class TextClassifier(Classifier):
         """Mean (width,) and projection (width, components) of synthetic sentences: public constants.
 
         Features keep the leading principal components, each divided by its deviation to the power
-        `whitening`, and are scaled to a root-mean-square norm of 1 over the synthetic sentences, so that
-        one clipping norm suits every encoder.
+        `whitening`, and are scaled to a root-mean-square norm of `feature_norm` over the synthetic sentences,
+        so that one clipping norm suits every encoder.
         """
         if not self.config.synthetic_sentences:
             return torch.zeros(width), torch.eye(width)
@@ -214,7 +215,7 @@ class TextClassifier(Classifier):
             deviation = singular[:kept] / np.sqrt(len(rows))
             projection = directions[:kept].T * deviation**-self.config.whitening
             projection /= np.sqrt((((rows - mean) @ projection) ** 2).sum(axis=1).mean())
-        return torch.from_numpy(mean).float(), torch.from_numpy(projection).float()
+        return torch.from_numpy(mean).float(), torch.from_numpy(self.config.feature_norm * projection).float()
 
 
 def select(batch: Mapping[str, Tensor], indices: Tensor) -> Batch:

@@ -16,7 +16,7 @@ def locate(config: TextModelConfig) -> Path:
     """The folder of the encoder.
 
     Raises:
-        ModelError: the package is not installed, the folder is missing, or a file in it is.
+        ModelError: the package is not installed, the folder is missing, or a file in it is missing or damaged.
     """
     if config.package is not None:
         package, _, subfolder = config.package.partition(":")
@@ -35,6 +35,13 @@ def locate(config: TextModelConfig) -> Path:
             found = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".ckpt", ".h5"))
             hint = f"; {found[0]} is not read: convert it to safetensors" if found else ""
             raise ModelError(f"model.path={folder}: no {name} in it{hint}")
+    try:
+        kind = json.loads((folder / "config.json").read_text()).get("model_type", "unknown")
+    except (ValueError, AttributeError):
+        raise ModelError(f"model.path={folder}: its config.json is damaged") from None
+    # Without its files transformers makes up a tokenizer that knows no word.
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelError(f"model.path={folder}: no tokenizer in it; a '{kind}' model does not read text")
     return folder
 
 
@@ -57,10 +64,6 @@ def load_encoder(config: TextModelConfig) -> tuple[Any, Any]:
     """
     folder = locate(config)
     check_digest(config, folder)
-    kind = json.loads((folder / "config.json").read_text()).get("model_type", "unknown")
-    # Without its files transformers makes up a tokenizer that knows no word.
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise ModelError(f"model.path={folder}: no tokenizer in it; a '{kind}' model does not read text")
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 

@@ -62,6 +62,9 @@ def calibrate_noise(*, epsilon: float, delta: float, sample_rate: float, steps: 
         spent = cost(noise)
         if 0.999 * epsilon <= spent <= epsilon:
             return noise
+        if not 0 < spent < math.inf:
+            # Less than delta alone covers, or more than the accountant can hold.
+            break
         tried.append((noise, spent))
         slope = -1.0
         if len(tried) > 1:

@@ -11,8 +11,9 @@ from torch.nn import functional
 from fedmed.compose import compose
 from fedmed.config import RunConfig
 from fedmed.data.table import read_site
+from fedmed.errors import PrivacyError
 from fedmed.models.build import build
-from fedmed.models.classifier import Arrays, Classifier
+from fedmed.models.classifier import Arrays, Classifier, TabularClassifier
 from fedmed.privacy.plan import PrivacyPlan, make_plan
 from fedmed.privacy.randomness import RandomSource, operating_system, seeded
 from fedmed.training import (
@@ -69,14 +70,34 @@ def test_noise_draws_equal_the_events_that_are_composed() -> None:
 
 def test_without_clipping_in_reach_and_noise_the_private_step_is_the_plain_one() -> None:
     for overrides in (["training.sample_rate=0.5", "training.steps_per_round=2"], ["model=mlp"]):
-        wide = ["privacy.max_grad_norm=1000", "privacy.noise_multiplier=1e-9", *overrides]
-        private = update(setting(*wide), seeded(4))
-        off = setting(*wide)
-        plain = update((*off[:3], dataclasses.replace(off[3], noise_multiplier=0.0)), seeded(4))
+        *rest, plan = setting("privacy.max_grad_norm=1000", *overrides)
+        private = update((*rest, dataclasses.replace(plan, noise_multiplier=1e-9)), seeded(4))
+        plain = update((*rest, dataclasses.replace(plan, noise_multiplier=0.0)), seeded(4))
         # The sources differ once noise has been drawn, so only the first step's sample is shared.
         if "training.steps_per_round=2" not in overrides:
             assert same(private.delta, plain.delta, 1e-5)
         assert plain.noise_draws == 0
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_a_text_model_s_private_step_is_the_plain_one_too(adapter: str, hf_overrides: list[str]) -> None:
+    """Also for the embedding tables, whose gradients need one row a record."""
+    config, model, data, plan = setting(
+        *hf_overrides, f"adapter={adapter}", "adapter.last_blocks=2", "adapter.embeddings=true",
+        "privacy.max_grad_norm=1000", "training.learning_rate=1.0",
+    )  # fmt: skip
+    some = LocalData(data.batch, data.labels, [np.array([n]) for n in range(5)])
+    arrays = model.initialise(0)
+    # A constant head would see no change: a layer norm's output has a constant sum.
+    arrays["head.weight"] += np.random.default_rng(0).normal(size=(1, 32)).astype(np.float32)
+    private, plain = (
+        train(model, some, arrays, plan=p, training=config.training, source=seeded(1))
+        for p in (dataclasses.replace(plan, noise_multiplier=noise) for noise in (1e-9, 0.0))
+    )
+    assert same(private.delta, plain.delta, 1e-5)
+    tables = [name for name in plain.delta if "position_embeddings" in name]
+    assert bool(tables) is (adapter == "full")
+    assert all(np.abs(plain.delta[name]).max() > 1e-3 for name in tables)
 
 
 def test_the_plain_step_is_gradient_descent_on_the_mean_over_patients() -> None:
@@ -166,6 +187,135 @@ def test_at_most_k_records_of_a_patient_enter_a_step() -> None:
     handle.remove()
     assert sum(seen) == 2 + 2 + 1
     assert max(seen) <= 3
+
+
+class Scripted:
+    """A source that answers as told, so that anything chosen elsewhere than from it shows."""
+
+    def __init__(self, uniform: float, *, last: bool = True) -> None:
+        self.value, self.last, self.uniforms = uniform, last, 0
+
+    def uniform(self, number: int) -> np.ndarray:
+        self.uniforms += 1
+        return np.full(number, self.value)
+
+    def choose(self, number: int, k: int) -> np.ndarray:
+        return np.arange(number - k, number) if self.last else np.arange(k)
+
+    @staticmethod
+    def normal(number: int) -> np.ndarray:
+        return np.zeros(number)
+
+
+def records_seen(source: object, *overrides: str, groups: list[np.ndarray]) -> list[int]:
+    """Which records enter the steps of one round, by their first feature."""
+    config, model, data, plan = setting(*overrides)
+    marked = data.batch["features"].clone()
+    marked[:, 0] = torch.arange(len(marked))
+    crowded = LocalData({"features": marked}, data.labels, groups)
+    seen: list[int] = []
+    handle = model.head.register_forward_hook(lambda _m, args, _o: seen.extend(args[0][:, 0].int().tolist()))
+    update((config, model, crowded, plan), source)  # type: ignore[arg-type]
+    handle.remove()
+    return seen
+
+
+def test_the_sample_and_the_k_records_come_from_the_site_s_source_alone() -> None:
+    """privacy.md, rules 4 and 8: no global generator, no habit of taking the first."""
+    groups = [np.arange(10), np.arange(10, 13), np.arange(13, 14)]
+    settings = ["privacy.records_per_patient=2", "training.sample_rate=0.5", "training.steps_per_round=3"]
+    nobody, everybody, others = Scripted(0.5), Scripted(0.4999), Scripted(0.0, last=False)
+    assert records_seen(nobody, *settings, groups=groups) == []
+    assert sorted(records_seen(everybody, *settings, groups=groups)) == sorted([8, 9, 11, 12, 13] * 3)
+    assert sorted(records_seen(others, *settings, groups=groups)) == sorted([0, 1, 10, 11, 13] * 3)
+    # Every step draws a sample of its own.
+    assert nobody.uniforms == everybody.uniforms == 3
+
+
+def test_a_batch_may_be_as_large_as_it_happens_to_be() -> None:
+    """privacy.md, rule 4: a batch cut at a multiple of what is expected is no Poisson sample."""
+    groups = [np.array([n]) for n in range(40)]
+    seen = records_seen(Scripted(0.0), "training.sample_rate=0.05", groups=groups)
+    assert sorted(seen) == list(range(40))
+
+
+def test_steps_of_a_round_are_sampled_anew() -> None:
+    groups = [np.array([n]) for n in range(40)]
+    settings = ["training.sample_rate=0.5", "training.steps_per_round=20"]
+    times = np.bincount(records_seen(seeded(3), *settings, groups=groups), minlength=40)
+    # Twenty draws at 1/2; one sample used twenty times would give 0s and 20s.
+    assert times.min() > 0
+    assert times.max() < 20
+
+
+def test_an_unsound_network_is_refused_before_it_is_trained() -> None:
+    """privacy.md, rule 6: by training itself, not only by who remembers to ask."""
+    config, _, data, plan = setting("model=mlp")
+    model = TabularClassifier(config.task, config.model)
+    model.hidden = torch.nn.Sequential(model.hidden, torch.nn.BatchNorm1d(config.model.hidden))
+    model.built = {}
+    with pytest.raises(PrivacyError, match="GroupNorm"):
+        update((config, model, data, plan), seeded(0))
+
+
+def test_the_records_of_a_patient_count_once_however_many_and_however_split() -> None:
+    """privacy.md, rule 4: five equal records are combined before clipping, also across physical batches."""
+    settings = ["privacy.records_per_patient=5", "privacy.max_grad_norm=0.01"]
+    config, model, data, plan = setting(*settings, "training.physical_batch_size=3")
+    once, often = (
+        LocalData(data.batch, data.labels, [np.repeat(n, times) for n in range(4)]) for times in (1, 5)
+    )
+    expected = update((config, model, once, plan), Scripted(0.0))  # type: ignore[arg-type]
+    got = update((config, model, often, plan), Scripted(0.0))  # type: ignore[arg-type]
+    assert same(expected.delta, got.delta, 1e-6)
+    assert max(np.abs(values).max() for values in got.delta.values()) > 1e-5
+
+
+def test_dropout_is_off_while_training() -> None:
+    """privacy.md, rule 8: it would be drawn from a generator that anybody may seed."""
+    config, _, data, plan = setting("model=mlp")
+    model = TabularClassifier(config.task, config.model)
+    model.hidden = torch.nn.Sequential(model.hidden, torch.nn.Dropout(0.5))
+    model.built = {}
+    arrays = {name: values + 0.1 for name, values in model.initialise(0).items()}
+    deltas = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        one = train(model, data, arrays, plan=plan, training=config.training, source=seeded(2))
+        deltas.append(one.delta)
+    assert same(*deltas)
+
+
+def test_no_held_out_record_is_trained_on_and_none_lies_in_both_parts() -> None:
+    config = setting()[0]
+    data = read_site(config.task, SITE, seed=0)
+    training, test = local_parts({"features": torch.arange(len(data.labels))[:, None]}, data)
+    rows = [set(part.batch["features"].flatten().tolist()) for part in (training, test)]
+    assert rows[0] == set(np.flatnonzero(~data.test).tolist())
+    assert rows[1] == set(np.flatnonzero(data.test).tolist())
+    for part in (training, test):
+        assert sorted(np.concatenate(part.records_of).tolist()) == list(range(len(part.labels)))
+
+
+def test_a_step_starts_from_the_arrays_that_were_sent() -> None:
+    """privacy.md, rule 7: what an earlier run or another site left in the network does not reach an update."""
+    config, model, data, plan = setting("model=mlp")
+    arrays = model.initialise(0)
+    first = train(model, data, arrays, plan=plan, training=config.training, source=seeded(2))
+    for parameter in model.parameters():
+        parameter.data.add_(1.0)
+    again = train(model, data, arrays, plan=plan, training=config.training, source=seeded(2))
+    assert same(first.delta, again.delta)
+
+
+def test_the_same_process_can_play_many_sites() -> None:
+    """privacy.md, rule 7: an optimizer's state, sums or hooks of one site do not reach the next one's update."""
+    run = setting("training.optimizer=adam", "training.steps_per_round=3")
+    config, model, data, plan = run
+    alone = update(run, seeded(5))
+    other = LocalData(data.batch, 1 - data.labels, data.records_of[::2])
+    update((config, model, other, plan), seeded(6))
+    assert same(alone.delta, update(run, seeded(5)).delta)
 
 
 def test_splitting_into_physical_batches_changes_nothing() -> None:

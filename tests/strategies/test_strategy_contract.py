@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ def test_the_registry_is_what_can_be_configured() -> None:
     assert sorted(STRATEGIES) == OPTIONS
 
 
+@lru_cache
 def config_of(kind: str) -> StrategyConfig:
     """The strategy's settings as `strategy=KIND` gives them."""
     config = compose([f"strategy={kind}", "tracking=none"]).strategy

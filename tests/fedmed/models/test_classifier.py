@@ -8,7 +8,8 @@ import torch
 
 from fedmed.compose import compose
 from fedmed.config import RunConfig
-from fedmed.data.table import read_site, synthetic_sentences
+from fedmed.data.sentences import synthetic_sentences
+from fedmed.data.table import read_site
 from fedmed.errors import ModelError
 from fedmed.models.build import build
 from fedmed.models.classifier import TextClassifier, select

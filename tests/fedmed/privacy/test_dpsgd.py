@@ -106,9 +106,10 @@ def step(
     *,
     source: object = Silent,
     noise: float = 1.0,
+    clip: float = CLIP,
 ) -> dict[str, Tensor]:
     """The gradient that one private step applies, by parameter."""
-    plan = make(sample_rate=0.5, declared_size=12, max_grad_norm=CLIP, noise_multiplier=noise)
+    plan = make(sample_rate=0.5, declared_size=12, max_grad_norm=clip, noise_multiplier=noise)
     optimizer = PatientOptimizer(
         torch.optim.SGD(model.adapter().values(), lr=1.0),
         plan=plan,
@@ -146,6 +147,15 @@ def test_clipped_sum_equals_one_patient_at_a_time(family: str, adapter: str) -> 
         assert torch.allclose(got[name] * 6.0, values, atol=1e-5), name
     if "embeddings" in adapter:
         assert any("position" in name and values.abs().max() > 0 for name, values in expected.items())
+
+
+def test_unclipped_gradients_equal_one_patient_at_a_time() -> None:
+    """Where every patient is clipped, a sum over the patient's records would pass for their mean."""
+    model, inputs = network("bert", ADAPTERS["lora"])
+    expected = slow_clipped_sum(model, inputs, 1e3)
+    got = step(model, lambda wrapped: chunks(wrapped, inputs, [[0, 1, 2], [3], [4, 5]]), clip=1e3)
+    for name, values in expected.items():
+        assert torch.allclose(got[name] * 6.0, values, atol=1e-4), name
 
 
 def test_the_oracle_catches_record_level_clipping() -> None:
@@ -200,6 +210,36 @@ def test_a_patient_with_absurd_gradients_cannot_spoil_the_sum(bad: float) -> Non
     assert (spoilt - clean).norm() <= CLIP * (1 + 1e-5)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_counts_a_non_finite_patient_as_zero(bad: float) -> None:
+    """privacy.md, rule 4, through the step itself: one bad record of patient 3, in a piece with patient 2."""
+    pieces = [[0, 1], [2, 3], [4, 5]]
+
+    def spoilt(wrapped: nn.Module) -> Iterator[tuple[Tensor, Tensor, int]]:
+        for (values, numbers, patients), piece in zip(chunks(wrapped, inputs, pieces), pieces, strict=True):
+            factor = torch.ones_like(values)
+            if 3 in piece:
+                factor[-2] = bad
+            yield values * factor, numbers, patients
+
+    model, inputs = network("bert", ADAPTERS["lora"])
+    got = step(model, spoilt)
+    model, inputs = network("bert", ADAPTERS["lora"])
+    without = step(model, lambda wrapped: chunks(wrapped, inputs, [[0, 1], [2], [4, 5]]))
+    for name, values in without.items():
+        assert torch.allclose(got[name], values, atol=1e-6), name
+
+
+def test_a_patient_is_dropped_from_every_parameter_whichever_one_is_bad() -> None:
+    """Else what is left of the patient would be clipped by a norm of NaN, or not at all."""
+    first, second = torch.ones(4, 2), torch.ones(4, 3, 2)
+    first[1, 0], second[2, 1, 1], second[3, 0, 0] = float("nan"), float("inf"), float("nan")
+    kept = drop_non_finite([first, second])
+    for gradient in kept:
+        assert [bool(g.any()) for g in gradient] == [True, False, False, False]
+        assert torch.isfinite(gradient).all()
+
+
 @pytest.mark.parametrize("patients", [[], [0], [0, 1, 2, 3, 4, 5]])
 def test_divisor_and_noise_do_not_depend_on_the_batch(patients: list[int]) -> None:
     """privacy.md, rules 5 and 24, coupled: with the same draws the noise part is the same for 0, 1, all."""
@@ -221,6 +261,19 @@ def test_an_empty_batch_still_adds_noise_and_steps() -> None:
     applied = step(model, lambda _: [], source=seeded(3), noise=2.0)
     values = torch.cat([g.flatten() for g in applied.values()])
     assert values.std() == pytest.approx(2.0 * CLIP / 6.0, rel=0.1)
+
+
+def test_the_noise_is_added_in_float64() -> None:
+    """privacy.md, rule 10: a Gaussian rounded to float32 before the sum has lost its low bits."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4096, 1, bias=False)
+    plan = make(sample_rate=1.0, declared_size=1, max_grad_norm=CLIP, noise_multiplier=2.0)
+    optimizer = PatientOptimizer(torch.optim.SGD(layer.parameters(), lr=1.0), plan=plan, source=seeded(12))
+    layer.weight.summed_grad = torch.randn(1, 4096)  # type: ignore[attr-defined]
+    expected = (layer.weight.summed_grad.double() + plan.noise((1, 4096), seeded(12))).float()
+    optimizer.add_noise()
+    assert layer.weight.grad is not None
+    assert torch.equal(layer.weight.grad, expected)
 
 
 def test_splitting_a_batch_does_not_change_it() -> None:
@@ -249,6 +302,8 @@ def test_noise_in_the_weights_has_the_variance_that_is_accounted() -> None:
     ("module", "fix"),
     [
         (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), "GroupNorm"),
+        # Frozen weights, but its statistics are the batch's.
+        (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4).requires_grad_(False)), "GroupNorm"),
         (
             nn.Sequential(nn.Linear(4, 4), nn.InstanceNorm1d(4, track_running_stats=True)),
             "track_running_stats=False",

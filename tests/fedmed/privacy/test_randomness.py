@@ -1,12 +1,14 @@
 """The transforms are right, and a private source cannot be repeated."""
 
+import os
 import random
 
 import numpy as np
+import pytest
 import torch
 from scipy import stats
 
-from fedmed.privacy.randomness import operating_system, seeded
+from fedmed.privacy.randomness import RandomSource, operating_system, seeded
 from tests.conftest import count
 
 
@@ -16,6 +18,29 @@ def test_normal_variates_pass_kolmogorov_smirnov() -> None:
     assert abs(draws.mean()) < 6 / np.sqrt(len(draws))
     assert abs(draws.var() - 1) < 6 * np.sqrt(2 / len(draws))
     assert abs((draws**4).mean() - 3) < 6 * np.sqrt(96 / len(draws))
+
+
+def test_the_two_halves_of_box_and_muller_are_independent() -> None:
+    """Coordinates that shared their noise would cancel it: each half must be new, and neither tell the other's size."""
+    draws = seeded(11).normal(count(100_000, 10_000_000))
+    first, second = np.split(draws, 2)
+    bound = 6 / np.sqrt(len(first))
+    for left, right in ((first, second), (first**2, second**2), (first[:-1], first[1:])):
+        assert abs(np.corrcoef(left, right)[0, 1]) < bound
+    # The angle is uniform, whatever the radius.
+    quarter = np.arctan2(second, first) % (np.pi / 2)
+    assert stats.kstest(quarter / (np.pi / 2), "uniform").pvalue > 1e-3
+    assert abs(np.corrcoef(np.hypot(first, second), quarter)[0, 1]) < bound
+    assert np.array_equal(np.unique(draws), np.sort(draws))
+    assert len(seeded(11).normal(7)) == 7
+
+
+@pytest.mark.parametrize(("byte", "largest"), [(b"\x00", 0.0), (b"\xff", 8.58)])
+def test_the_extreme_words_give_finite_variates(byte: bytes, largest: float) -> None:
+    """A word of 53 zeros comes once in 2^53 draws, and must not destroy every weight."""
+    source = RandomSource(lambda size: byte * size, private=False)
+    assert np.abs(source.normal(3)).max() <= largest
+    assert (source.uniform(3) < 1).all()
 
 
 def test_uniform_variates_use_53_bits() -> None:
@@ -38,6 +63,8 @@ def test_neither_seed_nor_state_of_any_library_repeats_the_operating_system() ->
         return operating_system().normal(64)
 
     assert operating_system().private
+    # Rule 10: no generator in the process, whose state a fork or a snapshot would share.
+    assert operating_system().read is os.urandom
     assert not np.array_equal(draw(), draw())
 
 
