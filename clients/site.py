@@ -4,7 +4,7 @@ import json
 import zlib
 from functools import lru_cache
 
-from fedmed.config import parse, to_dict
+from fedmed.config import parse
 from fedmed.data.table import read_site
 from fedmed.errors import ConfigError
 from fedmed.metrics import ScoreCounts
@@ -14,6 +14,7 @@ from fedmed.models.loading import check_digest, locate
 from fedmed.privacy.plan import PrivacyPlan, declared_delta
 from fedmed.privacy.randomness import RandomSource, operating_system, seeded
 from fedmed.records import Arrays, Instruction, Quote
+from fedmed.schema import to_dict
 from fedmed.training import LocalData, LocalUpdate, local_parts, logits, one_thread, train
 
 

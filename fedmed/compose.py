@@ -19,10 +19,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedmed import config as schema
-from fedmed.config import OPTIONS, RunConfig, run_config_from_dict, type_in_words
+from fedmed.config import OPTIONS, RunConfig, run_config_from_dict
 from fedmed.data.declaration import read_declaration
 from fedmed.errors import ConfigError, nearest
+from fedmed.schema import to_dict, type_in_words
 
 GROUPS = (*OPTIONS, "experiment")
 
@@ -126,7 +126,8 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
     for text in overrides:
         try:
             override = parser.parse_override(text)
-        except HydraException:
+        # Python itself refuses a number of 5,000 digits, or brackets a thousand deep.
+        except (HydraException, ValueError, RecursionError):
             raise ConfigError(f"'{text}': {_malformed(text)}") from None
         key = override.key_or_group
         if override.is_delete():
@@ -170,7 +171,7 @@ def _compose(overrides: list[str]) -> RunConfig:
     if not isinstance(built, RunConfig):
         raise ConfigError("configs/config.yaml does not build a RunConfig")
     # Holds to its type what OmegaConf lets pass; and what was composed here can be resumed later.
-    built = run_config_from_dict(schema.to_dict(built))
+    built = run_config_from_dict(to_dict(built))
     return _filled(built, declared | {override.key_or_group.removeprefix("task.") for override in values})
 
 
@@ -288,5 +289,3 @@ def _resumed(folder: str, others: list[Override]) -> RunConfig:
         return dataclasses.replace(run_config_from_dict(values), resume=folder, run_dir=folder)
     except ConfigError as error:
         raise ConfigError(f"resume={folder}: {error}") from None
-
-

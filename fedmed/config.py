@@ -6,146 +6,12 @@ No torch import here: a wrong setting is reported before anything heavy is loade
 """
 
 import dataclasses
-import math
-import types
-import typing
 from dataclasses import dataclass, field
 from typing import Any
 
 from fedmed.errors import ConfigError, nearest, require
-
-
-@dataclass(frozen=True, kw_only=True)
-class ColumnConfig:
-    """What one column of a table may hold, declared by a person, never read from the data.
-
-    Numeric: `low` and `high` bound it (values outside are clipped). Categorical: `categories` are the
-    allowed cells, the first of them the reference. `missing` lists cells that mean "not measured".
-    A record is written out as a sentence from each column's `phrase` (with `{value}`, or `{word}` for the
-    cut-off's word), a category's entry in `words`, or, for a blank cell, `blank`.
-    """
-
-    kind: str = "numeric"
-    low: float | None = None
-    high: float | None = None
-    categories: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    phrase: str = ""
-    words: dict[str, str] = field(default_factory=dict)
-    # Clinical cut-offs: the first word stands below the first cut-off, the last at or above the last.
-    cutoffs: list[float] = field(default_factory=list)
-    cutoff_words: list[str] = field(default_factory=list)
-    decimals: int = 0
-    blank: str = ""
-
-    def __post_init__(self) -> None:
-        _finite(self, "task.columns.*")
-        require(
-            self.kind in ("numeric", "categorical"),
-            "task.columns.*.kind",
-            self.kind,
-            "numeric or categorical",
-        )
-        require(0 <= self.decimals <= 10, "task.columns.*.decimals", self.decimals, "0 to 10")
-        if self.kind == "numeric":
-            require(
-                self.low is not None and self.high is not None and self.low < self.high,
-                "task.columns.*.low/high",
-                (self.low, self.high),
-                "low < high, both declared (propose them with: fedmed task describe FILE)",
-            )
-        else:
-            require(
-                len(self.categories) >= 1 and len(set(self.categories)) == len(self.categories),
-                "task.columns.*.categories",
-                self.categories,
-                "at least one category, none twice",
-            )
-        try:
-            self.phrase.format(value="", word="")
-        except (KeyError, IndexError, ValueError):
-            raise ConfigError(
-                f"task.columns.*.phrase={self.phrase}: expected only {{value}} and {{word}} in braces"
-            ) from None
-        if self.cutoff_words:
-            require(
-                len(self.cutoff_words) == len(self.cutoffs) + 1
-                and list(self.cutoffs) == sorted(self.cutoffs),
-                "task.columns.*.cutoff_words",
-                self.cutoff_words,
-                "one word more than the ascending cutoffs",
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableTaskConfig:
-    """A binary outcome in a table, one row a record, federated by a column."""
-
-    kind: str = "table"
-    title: str = ""
-    # A CSV file, or "pkg://package/file" for one that a Python package carries.
-    path: str | None = None
-    # A YAML file with any of these keys, as `fedmed task describe` writes it; read when composing.
-    declaration: str | None = None
-    site_column: str = "site"
-    label: str = "label"
-    positive: list[str] = field(default_factory=lambda: ["1"])
-    negative: list[str] = field(default_factory=lambda: ["0"])
-    # Without a patient column the privacy unit is the record, and every page says so.
-    patient_column: str | None = None
-    # Public number of patients (or records) of each site; its keys are the sites of the run.
-    declared_sizes: dict[str, int] = field(default_factory=dict)
-    # Name -> ColumnConfig. Typed Any for Hydra: OmegaConf makes values of a frozen class read-only.
-    columns: dict[str, Any] = field(default_factory=dict)
-    separator: str = ", "
-    # What an empty cell does: "indicator" (the record is kept, the cell marked as blank) or "drop" (the
-    # record is left out). A cell that a column lists as `missing` is always marked.
-    blanks: str = "indicator"
-    # "declared": only what is written here; "from_data": ranges, categories and sizes are read from the
-    # table, which is a function of its records: public data only, and NOT PRIVATE.
-    declare: str = "declared"
-    test_fraction: float = 0.34
-    # "hash": a keyed hash of the patient id, the key stays at the site; "shuffle": by `seed`, for
-    # public benchmarks.
-    split: str = "hash"
-    # A published benchmark: its default delta is 1e-4.
-    public_benchmark: bool = False
-
-    def __post_init__(self) -> None:
-        require(self.kind == "table", "task.kind", self.kind, "table")
-        require(bool(self.path), "task.path", self.path, "a CSV file, e.g. task.path=patients.csv")
-        object.__setattr__(
-            self, "columns", {name: _column(name, column) for name, column in self.columns.items()}
-        )
-        require(self.blanks in ("indicator", "drop"), "task.blanks", self.blanks, "indicator or drop")
-        require(
-            self.declare in ("declared", "from_data"), "task.declare", self.declare, "declared or from_data"
-        )
-        require(self.split in ("hash", "shuffle"), "task.split", self.split, "hash or shuffle")
-        require(
-            self.split == "hash" or self.public_benchmark,
-            "task.split",
-            self.split,
-            "hash, unless task.public_benchmark=true: a seeded shuffle depends on who else is in the data",
-        )
-        require(0 < self.test_fraction < 1, "task.test_fraction", self.test_fraction, "between 0 and 1")
-        for site, size in self.declared_sizes.items():
-            require(1 <= size <= 10**9, f"task.declared_sizes.{site}", size, "1 to 1,000,000,000")
-        require(
-            bool(self.positive) and bool(self.negative) and not set(self.positive) & set(self.negative),
-            "task.positive/negative",
-            (self.positive, self.negative),
-            "two lists with no value in common",
-        )
-
-    @property
-    def unit(self) -> str:
-        """The privacy unit: `patient` where a patient column is declared, else `record`."""
-        return "patient" if self.patient_column else "record"
-
-    def declared_train(self, site: str) -> int:
-        """The declared size of a site's training part: a public constant, never a count."""
-        return max(1, round((1 - self.test_fraction) * self.declared_sizes[site]))
+from fedmed.schema import check_finite, from_dict
+from fedmed.task import TableTaskConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +36,7 @@ class TextModelConfig:
     feature_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        _finite(self, "model")
+        check_finite(self, "model")
         require(self.kind == "text", "model.kind", self.kind, "text")
         require(
             bool(self.path) if self.package is None else self.path is None,
@@ -235,7 +101,7 @@ class AdapterConfig:
     embeddings: bool = False
 
     def __post_init__(self) -> None:
-        _finite(self, "adapter")
+        check_finite(self, "adapter")
         kinds = ("head", "lora", "ffa_lora", "full")
         require(self.kind in kinds, "adapter.kind", self.kind, " | ".join(kinds))
         require(1 <= self.rank <= 1024, "adapter.rank", self.rank, "1 to 1024")
@@ -262,7 +128,7 @@ class PrivacyConfig:
     seeded: bool = False
 
     def __post_init__(self) -> None:
-        _finite(self, "privacy")
+        check_finite(self, "privacy")
         require(self.kind in ("dp", "off"), "privacy.kind", self.kind, "dp or off")
         require(
             (self.epsilon is None) != (self.noise_multiplier is None),
@@ -301,7 +167,7 @@ class StrategyConfig:
     norm_bound: float = 0.0
 
     def __post_init__(self) -> None:
-        _finite(self, "strategy")
+        check_finite(self, "strategy")
         kinds = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
         require(self.kind in kinds, "strategy.kind", self.kind, " | ".join(kinds))
         require(self.learning_rate > 0, "strategy.learning_rate", self.learning_rate, "> 0")
@@ -325,7 +191,7 @@ class FederationConfig:
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
-        _finite(self, "federation")
+        check_finite(self, "federation")
         require(self.kind == "local", "federation.kind", self.kind, "local")
         require(self.workers >= 0, "federation.workers", self.workers, ">= 0")
         require(0 < self.quorum <= 1, "federation.quorum", self.quorum, "0 < quorum <= 1")
@@ -363,7 +229,7 @@ class TrainingConfig:
     physical_batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        _finite(self, "training")
+        check_finite(self, "training")
         require(self.steps_per_round >= 1, "training.steps_per_round", self.steps_per_round, ">= 1")
         require(0 < self.sample_rate <= 1, "training.sample_rate", self.sample_rate, "0 < rate <= 1")
         require(self.optimizer in ("sgd", "adam"), "training.optimizer", self.optimizer, "sgd or adam")
@@ -489,81 +355,6 @@ def parse(group: str, values: dict[str, Any]) -> Any:
     if not isinstance(kind, str) or kind not in OPTIONS[group]:
         raise ConfigError(f"{group}.kind={kind}: {nearest(str(kind), OPTIONS[group])}")
     return from_dict(OPTIONS[group][kind], values, where=group)
-
-
-def from_dict(cls: type, values: dict[str, Any], *, where: str = "") -> Any:
-    """An instance of the dataclass `cls` from a plain mapping, checked key by key and type by type."""
-    hints = typing.get_type_hints(cls)
-    names = {f.name for f in dataclasses.fields(cls)}
-    prefix = f"{where}." if where else ""
-    for key in values:
-        if key not in names:
-            raise ConfigError(f"{prefix}{key}: unknown key; {nearest(str(key), names)}")
-    try:
-        return cls(**{key: _convert(hints[key], value, f"{prefix}{key}") for key, value in values.items()})
-    except TypeError as error:
-        raise ConfigError(f"{where}: {error}") from None
-    except ConfigError as error:
-        # A column's own checks do not know its name.
-        raise ConfigError(str(error).replace("task.columns.*", where)) from None
-
-
-def _finite(config: Any, where: str) -> None:
-    """Refuse infinity and NaN, which JSON cannot hold and comparisons let pass."""
-    for name in (f.name for f in dataclasses.fields(config)):
-        value = getattr(config, name)
-        for number in value if isinstance(value, list) else [value]:
-            ok = not isinstance(number, float) or math.isfinite(number)
-            require(ok, f"{where}.{name}", number, "a finite number")
-
-
-def _column(name: str, column: Any) -> ColumnConfig:
-    where = f"task.columns.{name}"
-    if isinstance(column, ColumnConfig):
-        return column
-    require(isinstance(column, dict), where, column, f"the keys of a column, e.g. {where}.low=0")
-    built: ColumnConfig = from_dict(ColumnConfig, column, where=where)
-    return built
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
-    if origin in (typing.Union, types.UnionType):
-        return None if value is None else _convert(next(a for a in args if a is not type(None)), value, where)
-    if origin is list and isinstance(value, list):
-        return [_convert(args[0], item, where) for item in value]
-    if origin is dict and isinstance(value, dict):
-        return {str(key): _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
-        return from_dict(hint, value, where=where)
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(hint, type) and origin is None and type(value) is hint:
-        return value
-    raise ConfigError(f"{where}={value!r}: expected {type_in_words(hint)}")
-
-
-def type_in_words(hint: Any) -> str:
-    """What may stand in a field of this type, for a message.
-
-    >>> type_in_words(int | None)
-    'a whole number or null'
-    """
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return f"{type_in_words(args[0])} or null"
-    if dataclasses.is_dataclass(hint) or origin is dict:
-        return "a mapping, e.g. {a: 1}" if origin else "its settings one by one, as KEY.SETTING=VALUE"
-    if origin is list:
-        return f"a list, e.g. [a, b], each {type_in_words(args[0])}"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The plain mapping from which `parse` builds an equal dataclass."""
-    return dataclasses.asdict(config)
 
 
 def run_config_from_dict(values: dict[str, Any]) -> RunConfig:

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-# Logits are counted in cells of 0.01 from -20 to 20; values beyond fall in the outermost cells.
-CELL = 0.01
-CELLS = 4000
+# Logits are counted in cells of 0.001 from -20 to 20; values beyond fall in the outermost cells. In cells of 0.01
+# enough pairs share one to move the AUC of 100 records by 0.002.
+CELL = 0.001
+CELLS = 40_000
 
 
 @dataclass(frozen=True)

@@ -19,17 +19,16 @@ from fedmed.config import (
     AdapterConfig,
     PrivacyConfig,
     RunConfig,
-    TableTaskConfig,
     TabularModelConfig,
     TextModelConfig,
     TrainingConfig,
-    from_dict,
     parse,
-    to_dict,
 )
 from fedmed.errors import ConfigError, RunError
 from fedmed.metrics import CELLS, ScoreCounts
 from fedmed.privacy.plan import PrivacyPlan
+from fedmed.schema import from_dict, to_dict
+from fedmed.task import TableTaskConfig
 
 PROTOCOL = 1
 Arrays = dict[str, NDArray[np.float32]]

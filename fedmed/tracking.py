@@ -12,10 +12,11 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from fedmed.atomic import write_bytes
-from fedmed.config import RunConfig, TrackingConfig, to_dict
+from fedmed.config import RunConfig, TrackingConfig
 from fedmed.errors import ConfigError
 from fedmed.privacy.accounting import BINDING
 from fedmed.privacy.plan import make_plan
+from fedmed.schema import to_dict
 
 # What only `resume` reads.
 NOT_LOGGED = ("checkpoint.safetensors", "mlflow_run_id")

@@ -3,6 +3,7 @@
 import sys
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -76,7 +77,7 @@ class RunConsole:
         table = Table(
             title=f"{summary['task']}: {summary['model']}, {summary['adapter']}, {summary['strategy']}"
         )
-        table.add_column("site")
+        table.add_column("site", overflow="fold")
         table.add_column("declared\ntraining size", justify="right")
         if privacy["private"]:
             table.add_column("epsilon\n(PLD)", justify="right")
@@ -138,10 +139,12 @@ def print_forecast(values: dict[str, Any]) -> None:
     """The forecast of `fedmed plan`."""
     console = plain_console()
     privacy, seconds = values["privacy"], values["seconds"]
-    table = Table(title=f"forecast: {values['rounds']} rounds of {values['steps_per_round']} steps")
+    # Without vertical lines, so that a hospital's name fits into 80 columns.
+    title = f"forecast: {values['rounds']} rounds of {values['steps_per_round']} steps"
+    table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for name in ("site", "declared\ntraining size", "epsilon\n(PLD)", "epsilon\n(RDP)", "delta", "noise\nmultiplier",
                  "sample\nrate", "steps"):  # fmt: skip
-        table.add_column(name, justify="left" if name == "site" else "right")
+        table.add_column(name, justify="left" if name == "site" else "right", overflow="fold")
     for site, plan in privacy["sites"].items():
         if privacy["private"]:
             spent = [

@@ -15,9 +15,10 @@ import safetensors
 from safetensors.numpy import load_file, save
 
 from fedmed.atomic import write_bytes, write_json
-from fedmed.config import RunConfig, from_dict, to_dict
+from fedmed.config import RunConfig
 from fedmed.errors import ConfigError
 from fedmed.privacy.plan import PrivacyPlan
+from fedmed.schema import from_dict, to_dict
 from strategies.base import Arrays, State
 
 CHECKPOINT = "checkpoint.safetensors"

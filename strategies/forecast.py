@@ -14,6 +14,7 @@ from fedmed.data.table import feature_names
 from fedmed.models.build import build
 from fedmed.privacy.plan import PrivacyPlan, make_plan
 from fedmed.privacy.randomness import seeded
+from fedmed.records import Instruction, array_bytes, instruction_record
 from fedmed.training import local_parts, one_thread, train
 from strategies.summary import privacy_statement
 
@@ -25,7 +26,9 @@ def forecast(config: RunConfig) -> dict[str, Any]:
     one_thread()
     plans = {site: make_plan(config, site) for site in config.task.declared_sizes}
     model = build(config.task, config.model, config.adapter)
-    size = sum(values.nbytes for values in model.initialise(config.seed).values())
+    instruction = Instruction.of(config, plans, run_id="forecast", round=1)
+    # Both ways the same arrays, as they travel: headers too.
+    size = array_bytes(instruction_record(instruction, model.initialise(config.seed)))
     largest = max(plans.values(), key=lambda plan: plan.declared_size)
     prepare, step = _measure(config, largest)
     return {

@@ -64,8 +64,9 @@ def _panel(axes: Any, rows: list[Row], settings: list[Setting], ylabel: str, tit
             line.append((x, mean))
             if setting.target is not None:
                 axes.plot([x - 0.14, x + 0.14], [setting.target] * 2, color=INK, linewidth=1.6)
-        axes.plot(*zip(*line, strict=True), color=colour, linewidth=1, alpha=0.6, label=NAMES[family])
-        axes.lines[-1].set(marker=marker, markersize=5)
+        if line:
+            xs, means = zip(*line, strict=True)
+            axes.plot(xs, means, color=colour, linewidth=1, alpha=0.6, marker=marker, label=NAMES[family])
     axes.plot([], [], color=INK, linewidth=1.6, label="target")
     axes.set_xticks(list(TICKS.values()), ["ε = 1", "ε = 3", "off\n(NOT PRIVATE)"])
     axes.set_xlim(-0.5, 2.5)

@@ -54,10 +54,14 @@ def sweep(
     overrides = [*setting.overrides.split(), *COMMON, *extra, f"seed={','.join(map(str, seeds))}"]
     print(f"{setting.name}, draw {draw}: fedmed run -m {' '.join(overrides)}", flush=True)
     with tempfile.TemporaryDirectory(prefix="fedmed-heart-") as folder:
-        process = subprocess.Popen(
-            [_fedmed(), "run", "-m", *overrides], cwd=folder, stdout=subprocess.DEVNULL
-        )
-        code = _wait(process)
+        log = Path(folder) / "log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [_fedmed(), "run", "-m", *overrides], cwd=folder, stdout=output, stderr=subprocess.STDOUT
+            )
+            code = _wait(process)
+        if code not in (0, 130):
+            print("".join(log.read_text(errors="replace").splitlines(keepends=True)[-20:]), file=sys.stderr)
         # A folder with a summary is a finished run, whatever became of the others.
         finished = sorted(Path(folder).glob("sweeps/*/*/summary.json"))
         rows = [_row(setting, draw, json.loads(path.read_text()), commit) for path in finished]
@@ -100,10 +104,16 @@ def _row(setting: Setting, draw: int, summary: dict[str, Any], commit: str) -> R
 
 
 def _commit() -> str:
-    """The checkout's short hash, marked where a tracked file differs from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
-    done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    """The checkout's short hash, marked where the packages or the configuration differ from it."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=FOLDER.parents[1], capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "fedmed", "strategies", "clients", "configs")
+    return (git("rev-parse", "--short=7", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
 def run_missing(arguments: argparse.Namespace, path: Path) -> int:

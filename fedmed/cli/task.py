@@ -22,10 +22,18 @@ Examples:
   fedmed task describe patients.csv --site-column hospital --label outcome --json
 """
 
-app = typer.Typer(help="Bring your own table.", no_args_is_help=True, rich_markup_mode=None)
+TASK_HELP = """Bring your own table.
+
+\b
+Examples:
+  fedmed task describe patients.csv --site-column hospital --label outcome --output mine.yaml
+  fedmed run task=csv task.declaration=mine.yaml
+"""
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 
-@app.callback()
+@app.callback(help=TASK_HELP)
 def task() -> None:
     """Bring your own table."""
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
-from fedmed.config import ColumnConfig
 from fedmed.errors import ConfigError, nearest
+from fedmed.task import ColumnConfig
 
 # What a declaration cannot say: which class it fills, and where it is.
 _NOT_HERE = ("kind", "declaration")

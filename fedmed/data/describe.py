@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
-from fedmed.config import TableTaskConfig
 from fedmed.data.table import blank_cells, has_header, numbers_in, read_csv
 from fedmed.errors import DataError, nearest
+from fedmed.task import TableTaskConfig
 
 MAX_CATEGORIES = 20
 MAX_SITES = 100

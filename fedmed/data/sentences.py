@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from fedmed.config import ColumnConfig, TableTaskConfig
+from fedmed.task import ColumnConfig, TableTaskConfig
 
 # How often a column of a synthetic record is blank, where a blank has a phrase.
 SYNTHETIC_BLANKS = 0.15

@@ -19,11 +19,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fedmed.config import ColumnConfig, TableTaskConfig
 from fedmed.data.dataset import Manifest, SiteDataset
 from fedmed.data.sentences import bounds, category_phrase, numeric_phrase, sentence
 from fedmed.data.split import hash_split, shuffle_split, site_key
 from fedmed.errors import DataError, nearest
+from fedmed.task import ColumnConfig, TableTaskConfig
 
 READER = "table/2"
 

@@ -3,8 +3,9 @@
 import json
 from functools import lru_cache
 
-from fedmed.config import parse, to_dict
+from fedmed.config import parse
 from fedmed.models.classifier import Classifier, TabularClassifier, TextClassifier
+from fedmed.schema import to_dict
 
 
 def build(task: object, model: object, adapter: object) -> Classifier:

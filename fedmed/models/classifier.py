@@ -11,13 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedmed.config import AdapterConfig, TableTaskConfig, TabularModelConfig, TextModelConfig
+from fedmed.config import AdapterConfig, TabularModelConfig, TextModelConfig
 from fedmed.data.dataset import SiteDataset
 from fedmed.data.sentences import synthetic_sentences
 from fedmed.data.table import feature_names
 from fedmed.models.adapters import add_adapter
 from fedmed.models.loading import load_encoder
 from fedmed.models.prefix import capture, first_trainable_block, replayed, transformer_blocks
+from fedmed.task import TableTaskConfig
 
 Batch = dict[str, Tensor]
 Arrays = dict[str, NDArray[np.float32]]

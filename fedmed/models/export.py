@@ -11,11 +11,12 @@ from safetensors.numpy import save
 from safetensors.torch import save as save_torch
 
 from fedmed.atomic import write_bytes, write_json
-from fedmed.config import RunConfig, to_dict
+from fedmed.config import RunConfig
 from fedmed.data.sentences import synthetic_sentences
 from fedmed.data.table import feature_names
 from fedmed.models.classifier import Classifier, TextClassifier
 from fedmed.privacy.accounting import round_up
+from fedmed.schema import to_dict
 from fedmed.training import Arrays, set_adapter
 
 

@@ -7,10 +7,11 @@ import dp_accounting
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmed.config import PrivacyConfig, RunConfig, TableTaskConfig
+from fedmed.config import PrivacyConfig, RunConfig
 from fedmed.errors import PrivacyError, require
 from fedmed.privacy.accounting import calibrate_noise, epsilon_of
 from fedmed.privacy.randomness import RandomSource
+from fedmed.task import TableTaskConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,21 +13,20 @@ from fedmed.compose import compose, compose_sweep, expand
 from fedmed.config import (
     OPTIONS,
     AdapterConfig,
-    ColumnConfig,
     FederationConfig,
     PrivacyConfig,
     RunConfig,
     StrategyConfig,
-    TableTaskConfig,
     TabularModelConfig,
     TextModelConfig,
     TrackingConfig,
     TrainingConfig,
     parse,
     run_config_from_dict,
-    to_dict,
 )
 from fedmed.errors import ConfigError
+from fedmed.schema import to_dict
+from fedmed.task import ColumnConfig, TableTaskConfig
 
 FOLDER = Path(next(iter(configs.__path__)))
 CHOICES = sorted((path.parent.name, path.stem) for path in FOLDER.glob("*/*.yaml"))

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 from fedmed.cli.main import main
 from fedmed.cli.task import app
 from fedmed.compose import compose
-from fedmed.config import TableTaskConfig
 from fedmed.data.describe import examine, fill, propose, to_yaml, widen
 from fedmed.data.table import read_site
 from fedmed.errors import ConfigError, DataError, FedmedError
+from fedmed.task import TableTaskConfig
 
 HEADER = "hospital,mrn,age,resting_bp,sex,stage,note,visit,sick"
 ROLES: dict[str, Any] = {"site_column": "hospital", "label": "sick", "patient_column": "mrn"}
@@ -354,7 +354,7 @@ def test_a_key_of_a_declaration_replaces_the_options_whole_value(declaration: Ca
         ("positive: [yes]", "positive: YAML reads an entry as something else than text; put each in quotes"),
         ("columns: {c: {categories: [01, 02]}}", "columns.c.categories: YAML reads an entry"),
         ("declared_sizes: {no: 100}", "declared_sizes: YAML reads a name as true, false or null"),
-        ("declared_sizes: {A: many}", "declared_sizes: expected dict[str, int]"),
+        ("declared_sizes: {A: many}", "declared_sizes: expected a mapping, e.g. {a: 1}"),
         ("test_fraction: half", "test_fraction: expected a number"),
         ("test_fraction: 2", "task.test_fraction=2.0: expected between 0 and 1"),
         ("columns: {age: {low: 9, high: 1}}", "task.columns.age.low/high=(9.0, 1.0): expected low < high"),

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedmed.config import TableTaskConfig
 from fedmed.data.split import hash_split, shuffle_split, site_key
 from fedmed.data.table import read_site
 from fedmed.errors import DataError
+from fedmed.task import TableTaskConfig
 
 KEY = bytes(range(32))
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from fedmed.compose import compose
-from fedmed.config import TableTaskConfig
 from fedmed.data.dataset import SiteDataset
 from fedmed.data.sentences import synthetic_sentences
 from fedmed.data.table import feature_names, read_csv, read_site, sites_in
 from fedmed.errors import DataError
+from fedmed.task import TableTaskConfig
 
 HEADER = "site,patient,age,sex,sick"
 COLUMNS: dict[str, Any] = {
@@ -317,7 +317,8 @@ def canary_rows() -> list[str]:
 @pytest.mark.parametrize(
     "changes",
     [
-        {}, {"blanks": "drop"}, {"split": "shuffle", "public_benchmark": True}, {"patient_column": None}, {"label": "nothing"},
+        {}, {"blanks": "drop"}, {"split": "shuffle", "public_benchmark": True},
+        {"patient_column": None}, {"label": "nothing"},
         {"site_column": "nothing"}, {"positive": ["p1"], "negative": ["f"]}, {"columns": {"nothing": COLUMNS["age"]}},
     ],
 )  # fmt: skip

@@ -60,7 +60,7 @@ def test_a_plan_that_costs_more_than_was_asked_for_is_refused() -> None:
         {"noise_multiplier": 0.9 * honest.plans[SITE].noise_multiplier},
         {"rounds": 8},
     ):
-        with pytest.raises(ConfigError, match="the run asked for 3.0"):
+        with pytest.raises(ConfigError, match=r"the run asked for 3\.0"):
             own_plan(instruction(**changes), SITE)
 
 

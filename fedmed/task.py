@@ -1,0 +1,149 @@
+"""What is learned: labels, columns, the privacy unit, the public sizes of the sites."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedmed.errors import ConfigError, require
+from fedmed.schema import check_finite, from_dict
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnConfig:
+    """What one column of a table may hold, declared by a person, never read from the data.
+
+    Numeric: `low` and `high` bound it (values outside are clipped). Categorical: `categories` are the
+    allowed cells, the first of them the reference. `missing` lists cells that mean "not measured".
+    A record is written out as a sentence from each column's `phrase` (with `{value}`, or `{word}` for the
+    cut-off's word), a category's entry in `words`, or, for a blank cell, `blank`.
+    """
+
+    kind: str = "numeric"
+    low: float | None = None
+    high: float | None = None
+    categories: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    phrase: str = ""
+    words: dict[str, str] = field(default_factory=dict)
+    # Clinical cut-offs: the first word stands below the first cut-off, the last at or above the last.
+    cutoffs: list[float] = field(default_factory=list)
+    cutoff_words: list[str] = field(default_factory=list)
+    decimals: int = 0
+    blank: str = ""
+
+    def __post_init__(self) -> None:
+        check_finite(self, "task.columns.*")
+        require(
+            self.kind in ("numeric", "categorical"),
+            "task.columns.*.kind",
+            self.kind,
+            "numeric or categorical",
+        )
+        require(0 <= self.decimals <= 10, "task.columns.*.decimals", self.decimals, "0 to 10")
+        if self.kind == "numeric":
+            require(
+                self.low is not None and self.high is not None and self.low < self.high,
+                "task.columns.*.low/high",
+                (self.low, self.high),
+                "low < high, both declared (propose them with: fedmed task describe FILE)",
+            )
+        else:
+            require(
+                len(self.categories) >= 1 and len(set(self.categories)) == len(self.categories),
+                "task.columns.*.categories",
+                self.categories,
+                "at least one category, none twice",
+            )
+        try:
+            self.phrase.format(value="", word="")
+        except (KeyError, IndexError, ValueError):
+            raise ConfigError(
+                f"task.columns.*.phrase={self.phrase}: expected only {{value}} and {{word}} in braces"
+            ) from None
+        if self.cutoff_words:
+            require(
+                len(self.cutoff_words) == len(self.cutoffs) + 1
+                and list(self.cutoffs) == sorted(self.cutoffs),
+                "task.columns.*.cutoff_words",
+                self.cutoff_words,
+                "one word more than the ascending cutoffs",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableTaskConfig:
+    """A binary outcome in a table, one row a record, federated by a column."""
+
+    kind: str = "table"
+    title: str = ""
+    # A CSV file, or "pkg://package/file" for one that a Python package carries.
+    path: str | None = None
+    # A YAML file with any of these keys, as `fedmed task describe` writes it; read when composing.
+    declaration: str | None = None
+    site_column: str = "site"
+    label: str = "label"
+    positive: list[str] = field(default_factory=lambda: ["1"])
+    negative: list[str] = field(default_factory=lambda: ["0"])
+    # Without a patient column the privacy unit is the record, and every page says so.
+    patient_column: str | None = None
+    # Public number of patients (or records) of each site; its keys are the sites of the run.
+    declared_sizes: dict[str, int] = field(default_factory=dict)
+    # Name -> ColumnConfig. Typed Any for Hydra: OmegaConf makes values of a frozen class read-only.
+    columns: dict[str, Any] = field(default_factory=dict)
+    separator: str = ", "
+    # What an empty cell does: "indicator" (the record is kept, the cell marked as blank) or "drop" (the
+    # record is left out). A cell that a column lists as `missing` is always marked.
+    blanks: str = "indicator"
+    # "declared": only what is written here; "from_data": ranges, categories and sizes are read from the
+    # table, which is a function of its records: public data only, and NOT PRIVATE.
+    declare: str = "declared"
+    test_fraction: float = 0.34
+    # "hash": a keyed hash of the patient id, the key stays at the site; "shuffle": by `seed`, for
+    # public benchmarks.
+    split: str = "hash"
+    # A published benchmark: its default delta is 1e-4.
+    public_benchmark: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.kind == "table", "task.kind", self.kind, "table")
+        require(bool(self.path), "task.path", self.path, "a CSV file, e.g. task.path=patients.csv")
+        object.__setattr__(
+            self, "columns", {name: _column(name, column) for name, column in self.columns.items()}
+        )
+        require(self.blanks in ("indicator", "drop"), "task.blanks", self.blanks, "indicator or drop")
+        require(
+            self.declare in ("declared", "from_data"), "task.declare", self.declare, "declared or from_data"
+        )
+        require(self.split in ("hash", "shuffle"), "task.split", self.split, "hash or shuffle")
+        require(
+            self.split == "hash" or self.public_benchmark,
+            "task.split",
+            self.split,
+            "hash, unless task.public_benchmark=true: a seeded shuffle depends on who else is in the data",
+        )
+        require(0 < self.test_fraction < 1, "task.test_fraction", self.test_fraction, "between 0 and 1")
+        for site, size in self.declared_sizes.items():
+            require(1 <= size <= 10**9, f"task.declared_sizes.{site}", size, "1 to 1,000,000,000")
+        require(
+            bool(self.positive) and bool(self.negative) and not set(self.positive) & set(self.negative),
+            "task.positive/negative",
+            (self.positive, self.negative),
+            "two lists with no value in common",
+        )
+
+    @property
+    def unit(self) -> str:
+        """The privacy unit: `patient` where a patient column is declared, else `record`."""
+        return "patient" if self.patient_column else "record"
+
+    def declared_train(self, site: str) -> int:
+        """The declared size of a site's training part: a public constant, never a count."""
+        return max(1, round((1 - self.test_fraction) * self.declared_sizes[site]))
+
+
+def _column(name: str, column: Any) -> ColumnConfig:
+    where = f"task.columns.{name}"
+    if isinstance(column, ColumnConfig):
+        return column
+    require(isinstance(column, dict), where, column, f"the keys of a column, e.g. {where}.low=0")
+    built: ColumnConfig = from_dict(ColumnConfig, column, where=where)
+    return built
