@@ -27,7 +27,8 @@ def quote(instruction: Instruction, site: str) -> Quote:
     plan = own_plan(instruction, site)
     if instruction.model.kind == "text":
         _check_model(json.dumps(to_dict(instruction.model)))
-    epsilon = _epsilon(plan) if plan.noise_multiplier > 0 else None
+    private = not (instruction.privacy.seeded or instruction.task.declare == "from_data")
+    epsilon = _epsilon(plan) if private and plan.noise_multiplier > 0 else None
     return Quote(site=site, declared_size=plan.declared_size, epsilon=epsilon)
 
 
@@ -93,6 +94,7 @@ def work(instruction: Instruction, site: str, arrays: Arrays) -> LocalUpdate:
 def score(instruction: Instruction, site: str, arrays: Arrays) -> ScoreCounts:
     """Exact score counts on the held-out patients: not covered by epsilon."""
     one_thread()
+    own_plan(instruction, site)
     _, test = _parts(_key(instruction), site, instruction.seed)
     return ScoreCounts.of(logits(_model(instruction), test, arrays), test.labels.numpy())
 

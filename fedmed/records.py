@@ -6,6 +6,7 @@ arrays. A message of another protocol version is refused.
 
 import dataclasses
 import json
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,10 +25,10 @@ from fedmed.config import (
     TrainingConfig,
     parse,
 )
-from fedmed.errors import ConfigError, RunError
+from fedmed.errors import ConfigError, RunError, require
 from fedmed.metrics import CELLS, ScoreCounts
 from fedmed.privacy.plan import PrivacyPlan
-from fedmed.schema import from_dict, to_dict
+from fedmed.schema import from_dict, to_dict, type_in_words
 from fedmed.task import TableTaskConfig
 
 PROTOCOL = 1
@@ -59,7 +60,7 @@ class Instruction:
             run_id=run_id,
             round=round,
             seed=config.seed,
-            proximal_mu=config.strategy.proximal_mu,
+            proximal_mu=float(config.strategy.proximal_mu),
             task=config.task,
             model=config.model,
             adapter=config.adapter,
@@ -110,16 +111,20 @@ def read_instruction(content: RecordDict) -> tuple[Instruction, Arrays]:
         ConfigError: another protocol version, a missing or unknown key, a value out of range.
     """
     values = _values("instruction", content)
-    for group in ("task", "model", "adapter", "privacy"):
-        values[group] = parse(group, values.get(group, {}))
-    values["training"] = from_dict(TrainingConfig, values.get("training", {}), where="training")
-    values["plans"] = {
-        site: from_dict(PrivacyPlan, plan, where=f"plans.{site}")
-        for site, plan in values.get("plans", {}).items()
-    }
     names = {field.name for field in dataclasses.fields(Instruction)}
     if values.keys() != names:
         raise ConfigError(f"instruction: expected the keys {', '.join(sorted(names))}")
+    for name, expected in {"run_id": str, "round": int, "seed": int, "proximal_mu": float}.items():
+        # Exactly: NaN, 1.5 and true slip through comparisons with a whole number.
+        if type(values[name]) is not expected:
+            raise ConfigError(f"instruction.{name}: expected {type_in_words(expected)}")
+    require(0 <= values["proximal_mu"] < math.inf, "instruction.proximal_mu", values["proximal_mu"], ">= 0")
+    for group in ("task", "model", "adapter", "privacy"):
+        values[group] = parse(group, values[group])
+    values["training"] = from_dict(TrainingConfig, values["training"], where="training")
+    values["plans"] = {
+        site: from_dict(PrivacyPlan, plan, where=f"plans.{site}") for site, plan in values["plans"].items()
+    }
     return Instruction(**values), _arrays(content)
 
 

@@ -50,4 +50,5 @@ def mean_delta(updates: Mapping[str, Update]) -> State:
 
 def moved(arrays: Arrays, step: State) -> Arrays:
     """`arrays + step`, rounded to float32 once."""
-    return {name: (values + step[name]).astype(np.float32) for name, values in arrays.items()}
+    # np.asarray: the sum of two arrays without axes is no array.
+    return {name: np.asarray(values + step[name], dtype=np.float32) for name, values in arrays.items()}

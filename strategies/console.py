@@ -118,7 +118,7 @@ def footnotes(summary: dict[str, Any]) -> list[str]:
         lines.append(f"NOT PRIVATE: {privacy['not_private_reason']}")
     if summary["references"]:
         lines.append(
-            "references are trained to compare with and are not released; releasing one would cost epsilon again"
+            "references trained on the same patients again, outside this epsilon: for public benchmarks only"
         )
     return lines
 

@@ -33,12 +33,14 @@ def good_updates(
     round: int,
     weights: Mapping[str, int],
     norm_bound: float = 0.0,
+    noise_draws: int | None = None,
 ) -> tuple[dict[str, Update], dict[str, str]]:
     """The usable updates, and why each other site's reply was dropped.
 
     Args:
         weights: declared sizes; a receipt that says otherwise is dropped, so that no site can weigh itself.
         norm_bound: drop updates with a larger L2 norm; 0: no bound.
+        noise_draws: how often a round adds noise; a receipt that says otherwise is dropped.
     """
     good: dict[str, Update] = {}
     dropped: dict[str, str] = {}
@@ -48,6 +50,8 @@ def good_updates(
             reason = f"an answer to round {receipt.round}"
         if reason is None and receipt.declared_size != weights[site]:
             reason = "another declared size than the run's"
+        if reason is None and noise_draws is not None and receipt.noise_draws != noise_draws:
+            reason = f"{receipt.noise_draws} noise draws instead of {noise_draws}"
         if reason is None and norm_bound and norm(delta) > norm_bound:
             reason = f"norm {norm(delta):.3g} above strategy.norm_bound={norm_bound:g}"
         if reason is None:

@@ -68,6 +68,7 @@ class Loop:
                 round=number,
                 weights=weights,
                 norm_bound=self.config.strategy.norm_bound,
+                noise_draws=self.config.training.steps_per_round if self.config.privacy.kind == "dp" else 0,
             )
             dropped |= {site: "no answer" for site in self.plans if site not in replies}
             for site, reason in dropped.items():
@@ -96,10 +97,11 @@ class Loop:
     def released(self, progress: Progress) -> Arrays:
         """What is released: the mean of the last `strategy.average_last` global adapters (post-processing)."""
         recent = list(progress.recent) or [progress.arrays]
-        return {
-            name: np.mean([arrays[name].astype(np.float64) for arrays in recent], axis=0).astype(np.float32)
+        means = {
+            name: np.mean([arrays[name].astype(np.float64) for arrays in recent], axis=0)
             for name in progress.arrays
         }
+        return {name: np.asarray(mean, dtype=np.float32) for name, mean in means.items()}
 
     def _entry(
         self, number: int, counts: Mapping[str, ScoreCounts], dropped: dict[str, str], answered: list[str]

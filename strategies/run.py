@@ -16,6 +16,7 @@ from fedmed.metrics import ScoreCounts
 from fedmed.models.build import build as build_model
 from fedmed.models.classifier import Classifier
 from fedmed.models.export import export, write_card
+from fedmed.privacy.accounting import round_up
 from fedmed.privacy.plan import PrivacyPlan, make_plan
 from fedmed.records import Instruction
 from fedmed.report.html import write_report
@@ -55,6 +56,10 @@ def run(config: RunConfig, grid: Grid) -> Path:
             if quote.declared_size != plans[site].declared_size:
                 raise ConfigError(
                     f"site '{site}' declares {quote.declared_size} patients, the run another number"
+                )
+            if config.private and quote.epsilon is not None and quote.epsilon > plans[site].epsilon() * 1.001:
+                raise ConfigError(
+                    f"site '{site}' accounts epsilon {quote.epsilon}, the run less; same versions?"
                 )
         if folder is None:
             folder = RunFolder.create(config, plans)
@@ -207,14 +212,14 @@ def _tracked(entry: dict[str, Any]) -> dict[str, float]:
 def _say_start(
     console: RunConsole, config: RunConfig, plans: dict[str, PrivacyPlan], folder: RunFolder
 ) -> None:
-    plan = next(iter(plans.values()))
+    plan = max(plans.values(), key=lambda plan: plan.epsilon())
     console.say(f"run folder: {folder.path}")
     reason = config.not_private_reason()
     if reason:
         console.say(f"NOT PRIVATE: {reason}", style="bold red")
     else:
         console.say(
-            f"privacy: epsilon {plan.epsilon():.2f} (PLD), delta {plan.delta:g}, {plan.adjacency}; "
+            f"privacy: at most epsilon {round_up(plan.epsilon()):.2f} (PLD), delta {plan.delta:g}, {plan.adjacency}; "
             f"noise multiplier {plan.noise_multiplier:.3f}, sample rate {plan.sample_rate:g}, {plan.steps} steps a site"
         )
 

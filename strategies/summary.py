@@ -32,7 +32,21 @@ def scores(counts: Mapping[str, ScoreCounts]) -> dict[str, Any]:
     return {"auc": total.auc(), "accuracy": total.accuracy(), "sites": sites}
 
 
-def privacy_statement(config: RunConfig, plans: Mapping[str, PrivacyPlan]) -> dict[str, Any]:
+def _outside(config: RunConfig, references: object) -> list[str]:
+    """What the epsilon of a run does not cover."""
+    lines = list(OUTSIDE)
+    if config.task.split == "shuffle":
+        lines.append(
+            "the split is a seeded shuffle of a public benchmark: epsilon holds for the training part as it was drawn"
+        )
+    if references:
+        lines.append("the references trained on the same patients again, one of them without privacy")
+    return lines
+
+
+def privacy_statement(
+    config: RunConfig, plans: Mapping[str, PrivacyPlan], *, references: object = None
+) -> dict[str, Any]:
     """Everything that must stand beside an epsilon. Without privacy every epsilon is null.
 
     The whole plan is charged: PLD binds for a plan that was fixed in advance, whenever the run stopped.
@@ -78,7 +92,7 @@ def privacy_statement(config: RunConfig, plans: Mapping[str, PrivacyPlan]) -> di
         "sites": sites,
         "consortium": consortium,
         "in_words": in_words,
-        "outside": OUTSIDE,
+        "outside": _outside(config, references),
     }
 
 
@@ -116,7 +130,7 @@ def summarise(
         "adapter": config.adapter.kind,
         "strategy": config.strategy.kind,
         "test": {"release": "exact", "covered_by_epsilon": False, **scores(test)},
-        "privacy": privacy_statement(config, plans),
+        "privacy": privacy_statement(config, plans, references=references),
         "references": references,
         "rounds": rounds,
         # What was charged for: a run that ended early is charged for all of them.

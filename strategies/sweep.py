@@ -1,5 +1,6 @@
 """A sweep: runs one after the other, and what they cost together."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -33,7 +34,7 @@ def run_sweep(jobs: list[Job], run: Callable[[RunConfig, list[str]], None]) -> N
         Interrupted: Ctrl-C, which ends the sweep.
     """
     console = plain_console()
-    root = _free()
+    root = _new_folder()
     failed: dict[int, str] = {}
     interrupted: Interrupted | None = None
     for index, (overrides, config) in enumerate(jobs):
@@ -41,7 +42,8 @@ def run_sweep(jobs: list[Job], run: Callable[[RunConfig, list[str]], None]) -> N
         try:
             run(config, [*overrides, f"run_dir={root / str(index)}"])
         except (KeyboardInterrupt, Interrupted) as error:
-            if not root.exists():
+            if not any(root.iterdir()):
+                root.rmdir()
                 raise
             # An interrupted run's own message tells how to continue it.
             own = isinstance(error, Interrupted)
@@ -55,7 +57,6 @@ def run_sweep(jobs: list[Job], run: Callable[[RunConfig, list[str]], None]) -> N
         _row(root / str(index), overrides, failed.get(index)) for index, (overrides, _) in enumerate(jobs)
     ]
     total = _composed([config for index, (_, config) in enumerate(jobs) if failed.get(index) != NOT_STARTED])
-    root.mkdir(parents=True, exist_ok=True)
     write_json(root / "sweep.json", {"jobs": rows, "epsilon_of_all_jobs": total})
     _print(console, rows, total)
     console.print(str(root / "sweep.json"), soft_wrap=True)
@@ -65,11 +66,15 @@ def run_sweep(jobs: list[Job], run: Callable[[RunConfig, list[str]], None]) -> N
         raise RunError(f"{len(failed)} of {len(jobs)} jobs failed; why is in {root / 'sweep.json'}")
 
 
-def _free() -> Path:
-    """A folder that does not exist yet, also when several sweeps start in one second."""
-    stem = Path("sweeps") / time.strftime("%Y%m%d-%H%M%S")
-    numbered = (stem.with_name(f"{stem.name}-{number}") for number in itertools.count(2))
-    return next(path for path in itertools.chain([stem], numbered) if not path.exists())
+def _new_folder() -> Path:
+    """A folder of this sweep's own, also when several start in one second."""
+    stem = time.strftime("%Y%m%d-%H%M%S")
+    for suffix in itertools.chain([""], (f"-{number}" for number in itertools.count(2))):
+        root = Path("sweeps") / (stem + suffix)
+        with contextlib.suppress(FileExistsError):
+            root.mkdir(parents=True)
+            return root
+    raise AssertionError("unreachable: the count has no end")
 
 
 def _why(error: Exception) -> str:

@@ -4,16 +4,18 @@ As a script it is that process: it reads requests from standard input, one JSON 
 with two lines, the process id of the fork and how it ended.
 """
 
-import contextlib
+import atexit
+import functools
 import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ LIGHT = (
 )
 # And the rest.
 HEAVY = f"{LIGHT} strategies.server_app strategies.sweep strategies.forecast clients.client_app"
+# The settings of a run that takes a second.
+FAST = ["model=logistic", "tracking=none"]
 
 
 @dataclass
@@ -41,11 +45,16 @@ class Ended:
 class Commands:
     """The process whose forks are commands. A fork has a process group of its own, as in a terminal."""
 
-    def __init__(self, modules: str, folder: Path) -> None:
+    def __init__(self, modules: str, folder: Path, *, warm: str = "") -> None:
+        """Start it.
+
+        Args:
+            warm: Python that it executes first: what is computed there, every fork has.
+        """
         self._folder = folder
         environment = os.environ | {"PYTHONPATH": str(ROOT), "FEDMED_HOME": str(folder / "home")}
         self._process = subprocess.Popen(
-            [sys.executable, "-P", __file__, *modules.split()],
+            [sys.executable, "-P", __file__, warm, *modules.split()],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment,
         )  # fmt: skip
 
@@ -83,14 +92,25 @@ class Commands:
         self._process.communicate()
 
 
-@contextlib.contextmanager
-def commands(modules: str, folder: Path) -> Iterator[Commands]:
-    """A `Commands` that is closed at the end."""
-    started = Commands(modules, folder)
-    try:
-        yield started
-    finally:
-        started.close()
+@functools.cache
+def light() -> Commands:
+    """Commands in a process that has not imported torch; one for all tests. It has composed a run."""
+    return _started(LIGHT, "fedmed = __import__('fedmed.compose'); fedmed.compose.compose([])")
+
+
+@functools.cache
+def heavy() -> Commands:
+    """Commands in a process that has imported all that a run needs, and has made a plan; one for all tests."""
+    plan = "__import__('strategies.forecast').forecast.forecast"
+    return _started(HEAVY, f"{plan}(__import__('fedmed.compose').compose.compose({FAST}))")
+
+
+def _started(modules: str, warm: str) -> Commands:
+    folder = tempfile.TemporaryDirectory(prefix="fedmed-commands-")
+    atexit.register(folder.cleanup)
+    started = Commands(modules, Path(folder.name), warm=warm)
+    atexit.register(started.close)
+    return started
 
 
 def wait_for(what: Callable[[], Any], *, seconds: float = 60) -> Any:
@@ -102,9 +122,10 @@ def wait_for(what: Callable[[], Any], *, seconds: float = 60) -> Any:
     return value
 
 
-def _serve(modules: list[str]) -> None:
+def _serve(warm: str, modules: list[str]) -> None:
     for module in modules:
         importlib.import_module(module)
+    exec(warm, {})
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         request = json.loads(line)
@@ -137,7 +158,7 @@ def _run(request: dict[str, Any], writing: int) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.argv = ["fedmed", *request["arguments"]]
     try:
-        exec(request["before"])
+        exec(request["before"], {})
         importlib.import_module("fedmed.cli.main").main()
         code: Any = 0
     except SystemExit as ended:
@@ -152,4 +173,4 @@ def _run(request: dict[str, Any], writing: int) -> None:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1:])
+    _serve(sys.argv[1], sys.argv[2:])

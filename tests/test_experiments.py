@@ -83,7 +83,7 @@ def test_rows_parse_and_are_unique(results: ModuleType, rows: list[dict[str, str
 
 def test_every_setting_has_seeds_and_draws(results: ModuleType, rows: list[dict[str, str]]) -> None:
     for setting in results.SETTINGS:
-        assert list(results.missing(setting, rows, results.SEEDS)) == [], setting.name
+        assert results.missing(setting, rows, results.SEEDS, range(setting.draws)) == [], setting.name
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_figure_is_there() -> None:
 def test_missing_rows_are_those_not_there(results: ModuleType) -> None:
     setting = results.Setting(name="x", label="x", overrides="", draws=2)
     have = [{"setting": "x", "seed": "0", "draw": "0"}, {"setting": "y", "seed": "1", "draw": "0"}]
-    assert list(results.missing(setting, have, range(2))) == [(0, [1]), (1, [0, 1])]
+    assert results.missing(setting, have, range(2), range(2)) == [(0, [1]), (1, [0, 1])]
 
 
 def test_spread_separates_seeds_from_draws(results: ModuleType) -> None:

@@ -17,6 +17,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +44,18 @@ COMMON = ("tracking=none", "reference=false", "federation.workers=1")
 
 
 def sweep(
-    setting: Setting, draw: int, seeds: list[int], extra: list[str], commit: str
+    setting: Setting, draws: list[int], seeds: list[int], extra: list[str], commit: str
 ) -> tuple[list[Row], int]:
-    """Run one sweep over seeds in a temporary folder.
+    """Run one sweep over draws and seeds in a temporary folder.
 
-    Noise comes from the operating system: a draw is a repetition, and its number does not enter the run.
+    Noise comes from the operating system: a draw is a repetition, whose number is nothing but the run's name.
 
     Returns:
         the rows of those runs that finished, and the command's exit code (130: Ctrl-C).
     """
-    overrides = [*setting.overrides.split(), *COMMON, *extra, f"seed={','.join(map(str, seeds))}"]
-    print(f"{setting.name}, draw {draw}: fedmed run -m {' '.join(overrides)}", flush=True)
+    grid = [f"seed={','.join(map(str, seeds))}", f"name={','.join(f'draw-{draw}' for draw in draws)}"]
+    overrides = [*setting.overrides.split(), *COMMON, *extra, *grid]
+    print(f"fedmed run -m {' '.join(overrides)}", flush=True)
     with tempfile.TemporaryDirectory(prefix="fedmed-heart-") as folder:
         log = Path(folder) / "log"
         with log.open("wb") as output:
@@ -64,9 +67,12 @@ def sweep(
             print("".join(log.read_text(errors="replace").splitlines(keepends=True)[-20:]), file=sys.stderr)
         # A folder with a summary is a finished run, whatever became of the others.
         finished = sorted(Path(folder).glob("sweeps/*/*/summary.json"))
-        rows = [_row(setting, draw, json.loads(path.read_text()), commit) for path in finished]
+        rows = [_row(setting, json.loads(path.read_text()), commit) for path in finished]
     for row in rows:
-        print(f"  seed {row['seed']}: {' '.join(f'{name}={row[name]}' for name in COLUMNS[5:9])}", flush=True)
+        print(
+            f"  seed {row['seed']}, draw {row['draw']}: {' '.join(f'{name}={row[name]}' for name in COLUMNS[5:9])}",
+            flush=True,
+        )
     return rows, code
 
 
@@ -84,7 +90,7 @@ def _fedmed() -> str:
     return str(beside) if beside.exists() else "fedmed"
 
 
-def _row(setting: Setting, draw: int, summary: dict[str, Any], commit: str) -> Row:
+def _row(setting: Setting, summary: dict[str, Any], commit: str) -> Row:
     privacy, test = summary["privacy"], summary["test"]
     spent = [site["epsilon"] for site in privacy["sites"].values()]
     target = privacy["target_epsilon"]
@@ -93,7 +99,7 @@ def _row(setting: Setting, draw: int, summary: dict[str, Any], commit: str) -> R
         "off" if target is None else f"{target:g}",
         f"{max(spent):.4f}" if privacy["private"] else "off",
         summary["seed"],
-        draw,
+        summary["name"].removeprefix("draw-"),
         f"{test['auc']:.4f}",
         f"{test['accuracy']:.4f}",
         f"{statistics.fmean(site['accuracy'] for site in test['sites'].values()):.4f}",
@@ -124,12 +130,11 @@ def run_missing(arguments: argparse.Namespace, path: Path) -> int:
     for setting in SETTINGS:
         if arguments.only and setting.name not in arguments.only:
             continue
-        for draw, left in list(missing(setting, rows, seeds)):
-            if draw >= (1 if arguments.quick else arguments.draws):
-                continue
-            new, code = sweep(setting, draw, left, extra, commit)
+        draws = range(1 if arguments.quick else min(arguments.draws, setting.draws))
+        for left, alike in groupby(missing(setting, rows, seeds, draws), key=itemgetter(1)):
+            new, code = sweep(setting, [draw for draw, _ in alike], left, extra, commit)
             if new:
-                rows += new
+                rows = [*rows, *new]
                 write_rows(path, rows)
             if code:
                 return code

@@ -1,6 +1,7 @@
 """One frozen plan yields the sampler, the noise and the events, so that what is accounted is what is run."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import dp_accounting
@@ -36,7 +37,7 @@ class PrivacyPlan:
         require(self.unit in ("patient", "record"), "plan.unit", self.unit, "patient or record")
         require(self.declared_size >= 1, "plan.declared_size", self.declared_size, ">= 1")
         require(0 < self.sample_rate <= 1, "plan.sample_rate", self.sample_rate, "0 < rate <= 1")
-        require(self.noise_multiplier >= 0, "plan.noise_multiplier", self.noise_multiplier, ">= 0")
+        require(0 <= self.noise_multiplier < math.inf, "plan.noise_multiplier", self.noise_multiplier, ">= 0")
         require(self.max_grad_norm > 0, "plan.max_grad_norm", self.max_grad_norm, "> 0")
         require(0 < self.delta < 1, "plan.delta", self.delta, "between 0 and 1")
         for name in ("records_per_patient", "steps_per_round", "rounds"):
@@ -136,4 +137,4 @@ def declared_delta(task: TableTaskConfig, privacy: PrivacyConfig, site: str) -> 
     """The delta of a site: what is declared, else by the site's declared size (privacy.md, rule 15)."""
     if privacy.delta is not None:
         return privacy.delta
-    return 1e-4 if task.public_benchmark else min(1e-5, 1 / (10 * task.declared_train(site)))
+    return 1e-4 if task.public_benchmark else min(1e-5, 1 / (10 * task.declared_sizes[site]))

@@ -49,7 +49,7 @@ def instruction_of(name: str) -> Instruction:
 def arrays() -> Arrays:
     """Of the shapes and layouts that adapters have."""
     values = np.arange(12, dtype=np.float32).reshape(3, 4) / 7
-    return {"w": values, "transposed": values.T, "scalar": np.float32(0.1).reshape(()), "none": values[:0]}
+    return {"w": values, "transposed": values.T, "scalar": np.array(0.1, np.float32), "none": values[:0]}
 
 
 def assert_equal(left: Arrays, right: Arrays) -> None:

@@ -33,7 +33,7 @@ Train = Callable[[Instruction, Receipt, Arrays], RecordDict]
 Evaluate = Callable[[str], RecordDict]
 
 NAMES = ("A", "B", "C", "D")
-SHAPES = {"w": (3, 2), "b": (1,)}
+SHAPES = {"w": (3, 2), "b": (1,), "scale": ()}
 
 
 def start() -> Arrays:
@@ -46,7 +46,8 @@ def honest(instruction: Instruction, site: str) -> tuple[Receipt, Arrays]:
     number = 10 * list(instruction.task.declared_sizes).index(site) + instruction.round
     delta = {name: np.full(shape, number, np.float32) for name, shape in SHAPES.items()}
     size = instruction.task.declared_train(site)
-    return Receipt(site=site, round=instruction.round, declared_size=size, noise_draws=0), delta
+    draws = instruction.training.steps_per_round if instruction.privacy.kind == "dp" else 0
+    return Receipt(site=site, round=instruction.round, declared_size=size, noise_draws=draws), delta
 
 
 def client_app(

@@ -12,7 +12,7 @@ WEIGHTS = {"a": 100, "b": 50}
 
 
 def receipt(site: str = "a", **changes: int) -> Receipt:
-    values = {"round": 4, "declared_size": WEIGHTS[site], "noise_draws": 1} | changes
+    values = {"round": 4, "declared_size": WEIGHTS[site], "noise_draws": 2} | changes
     return Receipt(site=site, **values)
 
 
@@ -53,6 +53,8 @@ BAD: dict[str, tuple[Receipt, Arrays, str]] = {
     "a round to come": (receipt(round=5), delta(), "an answer to round 5"),
     "an inflated size": (receipt(declared_size=100_000), delta(), "another declared size"),
     "a smaller size": (receipt(declared_size=99), delta(), "another declared size"),
+    "half of the noise": (receipt(noise_draws=1), delta(), "1 noise draws instead of 2"),
+    "noise that was not asked for": (receipt(noise_draws=3), delta(), "3 noise draws instead of 2"),
     "too large": (receipt(), delta(w=filled(1e6)), "norm 1e+06 above strategy.norm_bound=10"),
     "too large for float32's square": (receipt(), delta(w=filled(3e38)), "norm 3e+38 above"),
 }
@@ -62,7 +64,7 @@ BAD: dict[str, tuple[Receipt, Arrays, str]] = {
 def test_a_bad_reply_is_dropped_and_the_others_are_used(name: str) -> None:
     bad, sent, reason = BAD[name]
     replies = {"a": (bad, sent), "b": (receipt("b"), delta())}
-    good, dropped = good_updates(replies, EXPECTED, round=4, weights=WEIGHTS, norm_bound=10.0)
+    good, dropped = good_updates(replies, EXPECTED, round=4, weights=WEIGHTS, norm_bound=10.0, noise_draws=2)
     assert list(good) == ["b"]
     assert reason in dropped["a"]
     assert list(dropped) == ["a"]

@@ -87,6 +87,7 @@ BAD: dict[str, tuple[Train, str]] = {
     "no arrays": (lambda _, r, _d: update_record(r, {}), "misnamed"),
     "another round": (lambda _, r, d: update_record(lying(r, round=7), d), "an answer to round 7"),
     "inflated": (lambda _, r, d: update_record(lying(r, declared_size=10**9), d), "another declared size"),
+    "noise of another run": (lambda _, r, d: update_record(lying(r, noise_draws=1), d), "1 noise draws instead of 0"),
     "too large": (changed(w=lambda v: v + 1e7), "above strategy.norm_bound"),
     "no receipt": (lambda _, r, d: RecordDict({"arrays": update_record(r, d)["arrays"]}), "no answer"),
     "nothing": (lambda *_: RecordDict(), "no answer"),

@@ -69,6 +69,7 @@ def test_names_shapes_and_type_are_kept(make: Callable[[], Strategy]) -> None:
     arrays = draw(rng)
     for _ in range(3):
         arrays = strategy.aggregate(arrays, draw_updates(rng))
+        assert all(isinstance(values, np.ndarray) for values in arrays.values())
         assert {name: values.shape for name, values in arrays.items()} == SHAPES
         assert all(values.dtype == np.float32 for values in arrays.values())
         assert all(np.isfinite(values).all() for values in arrays.values())

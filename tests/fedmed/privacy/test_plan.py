@@ -35,7 +35,7 @@ def test_delta_defaults_by_the_size_of_the_site_and_by_who_publishes() -> None:
     """privacy.md, rule 15."""
     config = compose([*TABLE, "task.declared_sizes={a: 100, b: 1000000}"])
     assert make_plan(config, "a").delta == 1e-5
-    assert make_plan(config, "b").delta == pytest.approx(1 / (10 * 660_000))
+    assert make_plan(config, "b").delta == pytest.approx(1 / (10 * 1_000_000))
     assert make_plan(compose(["tracking=none"]), "Cleveland").delta == 1e-4
     assert make_plan(compose(["tracking=none", "privacy.delta=1e-6"]), "Cleveland").delta == 1e-6
 
