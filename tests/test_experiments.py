@@ -92,7 +92,6 @@ def test_every_setting_has_seeds_and_draws(results: ModuleType, rows: list[dict[
         ("head-eps1", "pooled_auc", 0.84),
         ("head-eps3", "pooled_auc", 0.865),
         ("head-off", "pooled_auc", 0.875),
-        ("lora-off", "pooled_auc", 0.90),
         ("logistic10-eps1", "mean_hospital_accuracy", 0.78),
         ("logistic10-off", "mean_hospital_accuracy", 0.80),
     ],

@@ -56,17 +56,17 @@ def _panel(axes: Any, rows: list[Row], settings: list[Setting], ylabel: str, tit
             axes.errorbar(
                 x, mean, yerr=between, color=colour, marker=marker, markersize=7, capsize=4, zorder=3
             )
+            right = index == len(families) - 1
             axes.annotate(
-                f"{mean:.3f}", (x, mean), (8 if index == len(families) - 1 else -8, 0), color=colour,
-                textcoords="offset points", ha="left" if index == len(families) - 1 else "right", va="center",
-                fontweight="bold",
+                f"{mean:.3f}", (x, mean), (9 if right else -9, 9), color=colour, textcoords="offset points",
+                ha="left" if right else "right", va="center", fontweight="bold",
             )  # fmt: skip
             line.append((x, mean))
             if setting.target is not None:
                 axes.plot([x - 0.14, x + 0.14], [setting.target] * 2, color=INK, linewidth=1.6)
         if line:
             xs, means = zip(*line, strict=True)
-            axes.plot(xs, means, color=colour, linewidth=1, alpha=0.6, marker=marker, label=NAMES[family])
+            axes.plot(xs, means, color=colour, linewidth=1, alpha=0.5, marker=marker, label=NAMES[family])
     axes.plot([], [], color=INK, linewidth=1.6, label="target")
     axes.set_xticks(list(TICKS.values()), ["ε = 1", "ε = 3", "off\n(NOT PRIVATE)"])
     axes.set_xlim(-0.5, 2.5)

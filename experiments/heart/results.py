@@ -27,8 +27,7 @@ class Setting:
 
     Attributes:
         overrides: what follows `fedmed run`.
-        draws: repetitions of each seed with fresh noise; 1 without privacy, where a seed fixes everything, and for
-            LoRA, whose runs are long.
+        draws: repetitions of each seed with fresh noise; 1 without privacy, where a seed fixes everything.
         metric: the column that `target` is about.
         target: what the mean over seeds must reach; None: reported only.
     """
@@ -51,15 +50,6 @@ SETTINGS = (
     ),
     Setting(
         name="head-off", label="head, NOT PRIVATE", overrides="experiment=demo privacy=off", target=0.875
-    ),
-    Setting(
-        name="lora-eps1", label="LoRA, epsilon 1", overrides="experiment=heart_lora_dp privacy.epsilon=1"
-    ),
-    Setting(
-        name="lora-eps3", label="LoRA, epsilon 3", overrides="experiment=heart_lora_dp"
-    ),
-    Setting(
-        name="lora-off", label="LoRA, NOT PRIVATE", overrides="experiment=heart_lora", target=0.90
     ),
     Setting(
         name="logistic10-eps1", label="logistic, 10 features, epsilon 1", overrides="experiment=heart10",
