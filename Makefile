@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS := demo,coordinator,dev
+EXTRAS := demo,coordinator,ray,dev
 
 export HF_HUB_OFFLINE := 1
 export FLWR_TELEMETRY_ENABLED := 0

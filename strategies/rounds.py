@@ -54,7 +54,7 @@ class Loop:
             strategy.restore(progress.state)
         progress.recent = deque(progress.recent, maxlen=self.config.strategy.average_last)
         weights = {site: plan.declared_size for site, plan in self.plans.items()}
-        # The slack keeps 0.55 of 20 sites (11.000000000000002) from being 12.
+        # The slack keeps 0.28 of 25 sites (7.000000000000001) from being 8.
         quorum = max(1, int(np.ceil(self.config.federation.quorum * len(self.plans) - 1e-9)))
         while progress.round < until:
             number = progress.round + 1
