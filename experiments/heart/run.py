@@ -64,6 +64,7 @@ def sweep(
             )
             code = _wait(process)
         if code not in (0, 130):
+            print(f"the sweep ended with exit code {code}:", file=sys.stderr)
             print("".join(log.read_text(errors="replace").splitlines(keepends=True)[-20:]), file=sys.stderr)
         # A folder with a summary is a finished run, whatever became of the others.
         finished = sorted(Path(folder).glob("sweeps/*/*/summary.json"))
