@@ -94,8 +94,11 @@ class Command:
             except BaseException:
                 traceback.print_exc()
             finally:
-                sys.stdout.flush()
-                os._exit(code)
+                try:
+                    sys.stdout.flush()
+                finally:
+                    # Whatever happens, no second pytest goes on from here.
+                    os._exit(code)
         os.close(writing)
         self.lines = os.fdopen(reading)
 
