@@ -5,7 +5,7 @@ import zlib
 from functools import lru_cache
 
 from fedmed.config import parse
-from fedmed.data.table import read_site
+from fedmed.data.table import read_site, version_of
 from fedmed.errors import ConfigError
 from fedmed.metrics import ScoreCounts
 from fedmed.models.build import build
@@ -79,7 +79,7 @@ def work(instruction: Instruction, site: str, arrays: Arrays) -> LocalUpdate:
     plan = own_plan(instruction, site)
     if instruction.round < 1:
         raise ConfigError(f"round={instruction.round}: expected >= 1; round 0 trains nothing")
-    training, _ = _parts(_key(instruction), site, instruction.seed)
+    training, _ = _parts(*_key(instruction), site, instruction.seed)
     return train(
         _model(instruction),
         training,
@@ -95,7 +95,7 @@ def score(instruction: Instruction, site: str, arrays: Arrays) -> ScoreCounts:
     """Exact score counts on the held-out patients: not covered by epsilon."""
     one_thread()
     own_plan(instruction, site)
-    _, test = _parts(_key(instruction), site, instruction.seed)
+    _, test = _parts(*_key(instruction), site, instruction.seed)
     return ScoreCounts.of(logits(_model(instruction), test, arrays), test.labels.numpy())
 
 
@@ -113,22 +113,25 @@ def _model(instruction: Instruction) -> Classifier:
     return model
 
 
-def _key(instruction: Instruction) -> str:
+def _key(instruction: Instruction) -> tuple[str, tuple[int, ...]]:
+    """What prepared records depend on: the configuration, and the file as it is now. A patient who was taken
+    out of it takes part no more."""
     parts = {name: to_dict(getattr(instruction, name)) for name in ("task", "model", "adapter")}
-    return json.dumps(parts)
+    return json.dumps(parts), version_of(instruction.task.path)
 
 
 @lru_cache(maxsize=64)
-def _parts(key: str, site: str, seed: int) -> tuple[LocalData, LocalData]:
+def _parts(key: str, version: tuple[int, ...], site: str, seed: int) -> tuple[LocalData, LocalData]:
     return local_parts(
-        _prepared(key, site), read_site(parse("task", json.loads(key)["task"]), site, seed=seed)
+        _prepared(key, version, site), read_site(parse("task", json.loads(key)["task"]), site, seed=seed)
     )
 
 
 @lru_cache(maxsize=16)
-def _prepared(key: str, site: str) -> Batch:
+def _prepared(key: str, version: tuple[int, ...], site: str) -> Batch:
     """The site's records as the model reads them, kept between rounds and runs: the frozen part of the model is
     computed once. It does not depend on the split, and so not on the seed."""
+    del version
     parts = json.loads(key)
     task, model, adapter = (parse(name, parts[name]) for name in ("task", "model", "adapter"))
     return build(task, model, adapter).prepare(read_site(task, site, seed=0))

@@ -8,6 +8,7 @@ No torch import here: a wrong setting is reported before anything heavy is loade
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from fedmed.errors import ConfigError, nearest, require
 from fedmed.schema import check_finite, from_dict
@@ -198,6 +199,32 @@ class FederationConfig:
         require(self.timeout > 0, "federation.timeout", self.timeout, "> 0 seconds")
 
 
+def _check_uri(uri: str) -> None:
+    """Refuse what MLflow could not use, and a password: this setting is written into the run's folder."""
+    try:
+        parts = urlsplit(uri)
+        held = parts.password is not None or (
+            parts.username is not None and parts.scheme in ("http", "https")
+        )
+        whole = parts.port is None or bool(parts.hostname)
+    except ValueError:
+        held, whole = "@" in uri, False
+    if held:
+        raise ConfigError(
+            "tracking.uri: holds a password, which would be written down with the run; for a server set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, for a database use PGPASSWORD or ~/.pgpass"
+        )
+    # A database's driver may stand behind its name: postgresql+psycopg2.
+    scheme, colon, _ = uri.partition(":")
+    known = scheme.partition("+")[0] in ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "file")
+    require(
+        known and whole and bool(colon),
+        "tracking.uri",
+        uri or "''",
+        "e.g. sqlite:///mlruns.db or http://127.0.0.1:5000",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
     """Where metrics and artifacts go besides the run folder."""
@@ -208,7 +235,7 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         require(self.kind in ("mlflow", "none"), "tracking.kind", self.kind, "mlflow or none")
-        require(bool(self.uri), "tracking.uri", "''", "e.g. sqlite:///mlruns.db")
+        _check_uri(self.uri)
         require(bool(self.experiment), "tracking.experiment", "''", "a name")
 
 

@@ -7,6 +7,7 @@ import re
 import socket
 import sqlite3
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -52,17 +53,30 @@ class NoTracker:
 
 
 class MlflowTracker:
-    """An MLflow run, continued by `resume` under the same id."""
+    """An MLflow run, continued by `resume` under the same id.
 
-    def __init__(self, config: TrackingConfig) -> None:
+    Once started it never ends the training: what MLflow does not take is kept until the end, tried once more,
+    and then left to the run folder, which holds it all.
+
+    Args:
+        warn: shows a person one line.
+    """
+
+    def __init__(self, config: TrackingConfig, warn: Callable[[str], None]) -> None:
         self._config = config
+        self._warn = warn
         self._client: Any = None
         self._run_id = ""
+        self._unsent: list[Any] = []
+        self._failed = False
 
     def start(self, config: RunConfig, folder: Path) -> dict[str, str]:
         logging.getLogger("alembic").setLevel(logging.WARNING)
         # Read when MLflow is loaded: it would report its use to its makers.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        # A server that goes away would hold up a round for minutes.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         from mlflow import MlflowClient
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -110,18 +124,39 @@ class MlflowTracker:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        values = [Metric(_name(key), value, now, step) for key, value in metrics.items()]
-        self._client.log_batch(self._run_id, metrics=values)
+        self._unsent += [Metric(_name(key), value, now, step) for key, value in metrics.items()]
+        if self._failed:
+            return
+        try:
+            self._send()
+        except Exception as error:
+            self._failed = True
+            self._warn(
+                f"MLflow does not take the figures ({type(error).__name__}); they are tried again at the end"
+            )
+
+    def _send(self) -> None:
+        # MLflow takes at most 1,000 metrics at once.
+        for start in range(0, len(self._unsent), 500):
+            self._client.log_batch(self._run_id, metrics=self._unsent[start : start + 500])
+        self._unsent.clear()
 
     def finish(self, folder: Path, *, ok: bool) -> None:
         if not self._run_id:
             return
+        try:
+            self._send()
+            self._log_files(folder)
+            self._client.set_terminated(self._run_id, status="FINISHED" if ok else "FAILED")
+        except Exception as error:
+            self._warn(f"MLflow did not take everything ({type(error).__name__}); it is all in {folder}")
+
+    def _log_files(self, folder: Path) -> None:
         for file in sorted(folder.rglob("*")):
             # A dot begins the name of a draft that a crash left behind.
             if file.is_file() and file.name not in NOT_LOGGED and not file.name.startswith("."):
                 inside = file.parent.relative_to(folder).as_posix()
                 self._client.log_artifact(self._run_id, str(file), None if inside == "." else inside)
-        self._client.set_terminated(self._run_id, status="FINISHED" if ok else "FAILED")
 
 
 def check(config: TrackingConfig) -> None:
@@ -174,10 +209,10 @@ def _name(key: str) -> str:
     return re.sub(r"[^\w/. :-]", "_", key)
 
 
-def make_tracker(config: TrackingConfig) -> Tracker:
-    """The tracker that a configuration names."""
+def make_tracker(config: TrackingConfig, warn: Callable[[str], None]) -> Tracker:
+    """The tracker that a configuration names; `warn` shows a person what went wrong with it."""
     check(config)
-    return MlflowTracker(config) if config.kind == "mlflow" else NoTracker()
+    return MlflowTracker(config, warn) if config.kind == "mlflow" else NoTracker()
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

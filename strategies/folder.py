@@ -36,8 +36,9 @@ class Progress:
     # The global adapters of the last rounds, oldest first, for `strategy.average_last`.
     recent: deque[Arrays] = field(default_factory=deque)
     history: list[dict[str, Any]] = field(default_factory=list)
-    # Seconds of training so far, over all attempts.
+    # Seconds of training and of everything so far, over all attempts.
     seconds: float = 0.0
+    total_seconds: float = 0.0
 
 
 class RunFolder:
@@ -120,6 +121,7 @@ class RunFolder:
         metadata = {
             "round": str(progress.round),
             "seconds": repr(progress.seconds),
+            "total_seconds": repr(progress.total_seconds),
             "history": json.dumps(progress.history),
         }
         # Not np.ascontiguousarray, which makes a vector of a scalar.
@@ -140,6 +142,7 @@ class RunFolder:
             arrays={},
             history=json.loads(metadata["history"]),
             seconds=float(metadata["seconds"]),
+            total_seconds=float(metadata["total_seconds"]),
         )
         for key, value in tensors.items():
             kind, _, name = key.partition("/")

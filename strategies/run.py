@@ -42,7 +42,7 @@ def run(config: RunConfig, grid: Grid) -> Path:
     """
     began = time.monotonic()
     console = RunConsole()
-    tracker = make_tracker(config.tracking)
+    tracker = make_tracker(config.tracking, console.warn)
     one_thread()
     with PeakMemory() as memory:
         folder = RunFolder(Path(config.resume)) if config.resume else None
@@ -69,14 +69,18 @@ def run(config: RunConfig, grid: Grid) -> Path:
         try:
             _say_start(console, config, plans, folder)
             where = tracker.start(config, folder.path)
-            progress = _train(config, sites, plans, folder, model, console, tracker)
+            progress = _train(config, sites, plans, folder, model, console, tracker, began)
+            trained = time.monotonic()
             loop = Loop(config, sites, plans, folder.path.name)
             released = loop.released(progress)
             final = Instruction.of(config, plans, run_id=folder.path.name, round=progress.round)
             test = sites.evaluate(final, released, plans)
             references = _references(config, sites, plans, model, console) if config.reference else None
             export(model, released, config, folder.path / "adapter")
-            seconds = {"total": round(time.monotonic() - began, 2), "training": round(progress.seconds, 2)}
+            seconds = {
+                "total": round(progress.total_seconds + time.monotonic() - trained, 2),
+                "training": round(progress.seconds, 2),
+            }
             summary = summarise(
                 config, plans, test=test, references=references, rounds=progress.round, seconds=seconds,
                 history=progress.history, peak_rss_mb=memory.megabytes, mlflow=where,
@@ -129,15 +133,18 @@ def _train(
     model: Classifier,
     console: RunConsole,
     tracker: Tracker,
+    began: float,
 ) -> Progress:
     progress = folder.load() or Progress(round=0, arrays=model.initialise(config.seed))
     interrupted = folder.rounds_sent() - progress.round
+    earlier = progress.total_seconds
     until = _last_round(config, interrupted, progress, console)
 
     def sent(number: int) -> None:
         folder.journal(event="round-sent", round=number)
 
     def finished(now: Progress) -> None:
+        now.total_seconds = earlier + time.monotonic() - began
         folder.save(now)
         entry = now.history[-1]
         console.round_done(entry, until, private=config.private)
@@ -149,6 +156,7 @@ def _train(
     console.begin("federated training", until, progress.round)
     loop.run(progress, until=until)
     console.end()
+    progress.total_seconds = earlier + time.monotonic() - began
     return progress
 
 

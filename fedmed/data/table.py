@@ -44,6 +44,19 @@ def locate(path: str) -> Path:
         raise DataError(f"task.path={path}: no installed package '{package}'") from None
 
 
+def version_of(path: str | None) -> tuple[int, ...]:
+    """What changes when a file is written or replaced: its inode, size and time.
+
+    Raises:
+        DataError: no such file.
+    """
+    try:
+        status = locate(path or "").stat()
+    except OSError:
+        raise DataError(f"task.path={path}: no such file") from None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def read_csv(path: str) -> tuple[pd.DataFrame, str]:
     """All cells as text without surrounding blanks (an empty one: missing) and the file's sha256.
 

@@ -54,7 +54,7 @@ def export(model: Classifier, arrays: Arrays, config: RunConfig, folder: Path) -
         # PEFT writes a card of placeholders; the run's own card says what is known.
         (folder / "README.md").unlink(missing_ok=True)
     else:
-        contiguous = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
+        contiguous = {name: np.asarray(values, order="C") for name, values in arrays.items()}
         write_bytes(folder / "adapter.safetensors", save(contiguous))
     write_json(folder / "adapter.json", described)
 

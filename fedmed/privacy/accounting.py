@@ -15,6 +15,8 @@ from fedmed.errors import PrivacyError
 # PLD binds for a plan that is fixed in advance; RDP is shown beside it (privacy.md, rule 11).
 ACCOUNTANTS = {"pld": PLDAccountant, "rdp": RdpAccountant}
 BINDING = "pld"
+# A larger one protects nobody, and PLD would take minutes to say how large it is.
+LARGEST_EPSILON = 1000.0
 
 # The RDP accountant warns about each order that it leaves out of its minimum; leaving one out is sound.
 absl.logging.set_verbosity(absl.logging.ERROR)
@@ -25,8 +27,15 @@ def epsilon_of(event: DpEvent, *, delta: float, accountant: str = BINDING) -> fl
     """The epsilon of an event under adding or removing one unit.
 
     Raises:
-        PrivacyError: the accountant does not support the event.
+        PrivacyError: the accountant does not support the event, or it costs more than `LARGEST_EPSILON`.
     """
+    # Without noise both are infinite, at once.
+    rough = epsilon_of(event, delta=delta, accountant="rdp") if accountant == BINDING else 0.0
+    if LARGEST_EPSILON < rough < math.inf:
+        raise PrivacyError(
+            f"an epsilon above {LARGEST_EPSILON:g} (RDP says {rough:.0f}) protects nobody: add noise, do fewer rounds, "
+            "or take privacy=off, which says NOT PRIVATE"
+        )
     ledger = ACCOUNTANTS[accountant](neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
     try:
         ledger.compose(event)
@@ -59,7 +68,11 @@ def calibrate_noise(*, epsilon: float, delta: float, sample_rate: float, steps: 
     noise = max(0.3, sample_rate * math.sqrt(steps * 2 * math.log(1.25 / delta)) / epsilon)
     tried: list[tuple[float, float]] = []
     for _ in range(40):
-        spent = cost(noise)
+        try:
+            spent = cost(noise)
+        except PrivacyError:
+            noise *= 1.5
+            continue
         if 0.999 * epsilon <= spent <= epsilon:
             return noise
         if not 0 < spent < math.inf:

@@ -300,6 +300,26 @@ def test_a_site_is_prepared_once_and_stays_warm(tmp_path: Path, monkeypatch: pyt
     assert ask(MessageType.EVALUATE, content).has_content()
 
 
+def test_a_patient_who_was_taken_out_of_the_file_takes_part_no_more(tmp_path: Path) -> None:
+    """A warm site sees that its file was replaced."""
+    path = write(tmp_path / "t.csv", rows())
+    config = table_config(path, "privacy=off", "training.sample_rate=1")
+    content = instruction_record(instruction_of(config), start(config))
+
+    def update() -> Arrays:
+        return read_update(ask(MessageType.TRAIN, content).content)[1]
+
+    before = update()
+    assert np.array_equal(before["head.weight"], update()["head.weight"])
+    gone = next(row["id"] for row in rows() if row["site"] == SITE)
+    write(path, [record for record in rows() if record["id"] != gone])
+    after = update()
+    write(path, rows())
+    restored = update()
+    assert np.array_equal(before["head.weight"], restored["head.weight"])
+    assert not np.array_equal(before["head.weight"], after["head.weight"])
+
+
 def test_scores_of_a_site_survive_the_message() -> None:
     from fedmed.metrics import ScoreCounts
 

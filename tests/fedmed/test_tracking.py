@@ -148,7 +148,7 @@ def test_a_run_that_failed_is_marked_and_goes_on_as_the_same_run(
 
 @pytest.fixture
 def tracker(database: str) -> MlflowTracker:
-    return MlflowTracker(TrackingConfig(uri=database, experiment="names"))
+    return MlflowTracker(TrackingConfig(uri=database, experiment="names"), pytest.fail)
 
 
 def test_a_site_may_be_called_as_it_is(tracker: MlflowTracker, database: str, tmp_path: Path) -> None:
@@ -187,12 +187,16 @@ def test_a_run_that_the_database_has_lost_cannot_be_continued_there(
 UNREACHABLE = {
     "nobody listens": "http://127.0.0.1:9",
     "no such host": "http://tracking.invalid:5000",
-    "no such port": "http://127.0.0.1:99999",
     "a folder": "sqlite:///{folder}",
     "another file": "sqlite:///{folder}/notes.txt",
     "a file for a folder": "sqlite:///{folder}/notes.txt/mlruns.db",
 }
-INVALID = {"no such scheme": "sqllite:///mlruns.db", "a bare folder": "mlruns"}
+INVALID = {
+    "no such scheme": "sqllite:///mlruns.db",
+    "a bare folder": "mlruns",
+    "no such port": "http://127.0.0.1:99999",
+    "no address": "http://[::1",
+}
 
 
 @pytest.mark.parametrize("name", [*UNREACHABLE, *INVALID])
@@ -200,17 +204,59 @@ def test_a_place_that_cannot_be_written_to_is_one_line_at_once(name: str, tmp_pa
     """MLflow itself would try again for minutes, and end in a traceback."""
     (tmp_path / "notes.txt").write_text("nothing that SQLite reads\n" * 100)
     uri = (UNREACHABLE | INVALID)[name].format(folder=tmp_path)
-    config = TrackingConfig(uri=uri)
     began = time.monotonic()
     with pytest.raises(ConfigError) as error:
-        # The first before torch is loaded, the others when MLflow is asked.
-        check(config) if name in UNREACHABLE else make_tracker(config).start(run_config(), tmp_path)
+        check(TrackingConfig(uri=uri))
     assert time.monotonic() - began < 20
     assert str(error.value).startswith(f"tracking.uri={uri}: ")
     assert "expected e.g. sqlite:///mlruns.db" in str(error.value)
     assert "\n" not in str(error.value)
     assert error.value.exit_code == 2
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "https://me:hunter2@mlflow.example.org",
+        "https://token-hunter2@mlflow.example.org",
+        "postgresql+psycopg2://me:hunter2@db/mlflow",
+        "https://me:hunter2@mlflow.example.org:99999",
+    ],
+)
+def test_a_password_is_refused_before_it_is_written_down(uri: str) -> None:
+    """The setting stands in config.json, summary.json, the report and MLflow's own parameters."""
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD") as error:
+        TrackingConfig(uri=uri)
+    assert "hunter2" not in str(error.value)
+    TrackingConfig(uri="postgresql://me@db/mlflow")
+
+
+def test_a_tracker_that_goes_away_does_not_end_the_training(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Figures are kept and come later; where nothing comes back, the first error stays the one that is seen."""
+    said: list[str] = []
+    tracker = MlflowTracker(TrackingConfig(uri=database, experiment="away"), said.append)
+    tracker.start(run_config("privacy=off"), tmp_path)
+
+    def down(*_: object, **__: object) -> None:
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracker._client, "log_batch", down)
+        for step in (1, 2):
+            tracker.log({"exact.auc": 0.5}, step)
+        assert len(said) == 1
+        assert "tried again at the end" in said[0]
+        # In the run this stands in `finally`: what it raised would hide the first error.
+        tracker.finish(tmp_path, ok=False)
+    assert len(said) == 2
+    assert str(tmp_path) in said[1]
+    tracker.finish(tmp_path, ok=True)
+    client, logged = tracked(database, "away")
+    assert logged.info.status == "FINISHED"
+    assert [step for step, _ in history(client, logged.info.run_id, "exact.auc")] == [1, 2]
 
 
 def test_checking_a_place_writes_nothing_there(database: str, tmp_path: Path) -> None:
@@ -222,8 +268,8 @@ def test_checking_a_place_writes_nothing_there(database: str, tmp_path: Path) ->
 def test_a_missing_mlflow_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"pip install 'fedmed\[coordinator\]', or set tracking=none"):
-        make_tracker(TrackingConfig())
-    assert isinstance(make_tracker(TrackingConfig(kind="none")), NoTracker)
+        make_tracker(TrackingConfig(), print)
+    assert isinstance(make_tracker(TrackingConfig(kind="none"), print), NoTracker)
 
 
 def test_without_tracking_mlflow_is_never_loaded(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Epsilon against dp-accounting called independently, and against the closed form of Gaussian DP."""
 
 import math
+import time
 
 import dp_accounting
 import pytest
@@ -87,6 +88,20 @@ def test_a_patient_at_two_sites_pays_for_both() -> None:
 
 def test_no_noise_is_infinite_epsilon() -> None:
     assert make(noise_multiplier=0.0).epsilon() == math.inf
+
+
+def test_what_protects_nobody_is_refused_and_not_computed_for_minutes() -> None:
+    for noise, sample_rate in ((0.1, 1.0), (0.1, 0.1)):
+        plan = make(noise_multiplier=noise, sample_rate=sample_rate, rounds=100)
+        began = time.monotonic()
+        with pytest.raises(PrivacyError, match="an epsilon above 1000"):
+            plan.epsilon()
+        assert time.monotonic() - began < 2
+    # A search that begins among such plans goes on from there.
+    noise = calibrate_noise(epsilon=90.0, delta=0.09, sample_rate=1.0, steps=100)
+    assert 89 < independent(
+        make(noise_multiplier=noise, sample_rate=1.0, steps_per_round=1, rounds=100, delta=0.09), PLDAccountant
+    ) <= 90  # fmt: skip
 
 
 def test_an_event_that_cannot_be_accounted_is_refused() -> None:

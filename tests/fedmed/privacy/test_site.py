@@ -115,12 +115,14 @@ def test_the_consortium_pays_the_largest_at_one_site_and_the_composition_at_all(
     }  # fmt: skip
     one, everywhere = privacy["consortium"]["one_site"], privacy["consortium"]["all_sites"]
     assert one["epsilon"] == max(spent.values()) == spent["b"]
-    assert privacy["delta"] == one["delta"] == everywhere["delta"] == 1e-4
+    assert privacy["delta"] == one["delta"] == 1e-4
+    # At the smallest delta, where all sites cannot seem to cost less than one.
+    assert everywhere["delta"] == 1e-6
     together = PLDAccountant(neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
     for plan in plans.values():
         together.compose(plan.event())
-    assert everywhere["epsilon"] == pytest.approx(together.get_epsilon(1e-4), rel=1e-3)
-    assert everywhere["epsilon"] > max(dataclasses.replace(p, delta=1e-4).epsilon() for p in plans.values())
+    assert everywhere["epsilon"] == pytest.approx(together.get_epsilon(1e-6), rel=1e-3)
+    assert everywhere["epsilon"] > max(dataclasses.replace(p, delta=1e-6).epsilon() for p in plans.values())
     assert privacy["accountant"] == "pld"
     assert one["epsilon_rdp"] == max(plan.epsilon(accountant="rdp") for plan in plans.values())
     for site, plan in plans.items():
