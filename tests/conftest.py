@@ -12,12 +12,21 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-FULL = bool(os.environ.get("FEDMED_TEST_FULL"))
+from tests import evidence
+from tests.evidence import count as count
 
 
-def count(reduced: int, full: int) -> int:
-    """How often to repeat: the reduced count in `make test`, the full one in `make test-full`."""
-    return full if FULL else reduced
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Write the summary of a full run; of a few tests of it, none."""
+    chosen = terminalreporter.config.invocation_params.args
+    if evidence.FULL and not chosen:
+        stats = terminalreporter.stats
+        outcomes = {
+            name: len(stats.get(name, []))
+            for name in ("passed", "failed", "error", "skipped", "xfailed")
+            if stats.get(name)
+        }
+        terminalreporter.write_line(f"summary: {evidence.write(outcomes)}")
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from scipy.stats import norm
 from fedmed.errors import PrivacyError
 from fedmed.privacy.accounting import calibrate_noise, composed_epsilon, epsilon_of, round_up
 from fedmed.privacy.plan import PrivacyPlan
+from tests.evidence import figure
 
 
 def make(**changes: object) -> PrivacyPlan:
@@ -37,7 +38,9 @@ def independent(plan: PrivacyPlan, accountant: type) -> float:
 @pytest.mark.parametrize(("name", "accountant"), [("pld", PLDAccountant), ("rdp", RdpAccountant)])
 def test_epsilon_agrees_with_dp_accounting(changes: dict[str, float], name: str, accountant: type) -> None:
     plan = make(**changes)
-    assert plan.epsilon(accountant=name) == pytest.approx(independent(plan, accountant), rel=0.01)
+    alone = independent(plan, accountant)
+    assert plan.epsilon(accountant=name) == pytest.approx(alone, rel=0.01)
+    figure(f"{name} {changes}", f"epsilon {plan.epsilon(accountant=name):.5f}, called alone {alone:.5f}")
 
 
 @pytest.mark.parametrize(("noise", "steps"), [(10.0, 10), (4.0, 10), (2.4, 20)])
