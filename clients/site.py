@@ -73,13 +73,19 @@ def _epsilon(plan: PrivacyPlan) -> float:
     return plan.epsilon()
 
 
-def work(instruction: Instruction, site: str, arrays: Arrays) -> LocalUpdate:
-    """One round of training at this site."""
+def work(
+    instruction: Instruction, site: str, arrays: Arrays, *, split_key: bytes | None = None
+) -> LocalUpdate:
+    """One round of training at this site.
+
+    Args:
+        split_key: of a site that has a folder; None: that of a simulated site, by its name.
+    """
     one_thread()
     plan = own_plan(instruction, site)
     if instruction.round < 1:
         raise ConfigError(f"round={instruction.round}: expected >= 1; round 0 trains nothing")
-    training, _ = _parts(*_key(instruction), site, instruction.seed)
+    training, _ = _parts(*_key(instruction), site, instruction.seed, split_key)
     return train(
         _model(instruction),
         training,
@@ -91,11 +97,13 @@ def work(instruction: Instruction, site: str, arrays: Arrays) -> LocalUpdate:
     )
 
 
-def score(instruction: Instruction, site: str, arrays: Arrays) -> ScoreCounts:
-    """Exact score counts on the held-out patients: not covered by epsilon."""
+def score(
+    instruction: Instruction, site: str, arrays: Arrays, *, split_key: bytes | None = None
+) -> ScoreCounts:
+    """Exact score counts on the held-out patients: not covered by epsilon. `split_key` is that of `work`."""
     one_thread()
     own_plan(instruction, site)
-    _, test = _parts(*_key(instruction), site, instruction.seed)
+    _, test = _parts(*_key(instruction), site, instruction.seed, split_key)
     return ScoreCounts.of(logits(_model(instruction), test, arrays), test.labels.numpy())
 
 
@@ -121,20 +129,23 @@ def _key(instruction: Instruction) -> tuple[str, tuple[int, ...]]:
 
 
 @lru_cache(maxsize=64)
-def _parts(key: str, version: tuple[int, ...], site: str, seed: int) -> tuple[LocalData, LocalData]:
+def _parts(
+    key: str, version: tuple[int, ...], site: str, seed: int, split_key: bytes | None
+) -> tuple[LocalData, LocalData]:
+    task = parse("task", json.loads(key)["task"])
     return local_parts(
-        _prepared(key, version, site), read_site(parse("task", json.loads(key)["task"]), site, seed=seed)
+        _prepared(key, version, site, split_key), read_site(task, site, seed=seed, key=split_key)
     )
 
 
 @lru_cache(maxsize=16)
-def _prepared(key: str, version: tuple[int, ...], site: str) -> Batch:
+def _prepared(key: str, version: tuple[int, ...], site: str, split_key: bytes | None) -> Batch:
     """The site's records as the model reads them, kept between rounds and runs: the frozen part of the model is
     computed once. It does not depend on the split, and so not on the seed."""
     del version
     parts = json.loads(key)
     task, model, adapter = (parse(name, parts[name]) for name in ("task", "model", "adapter"))
-    return build(task, model, adapter).prepare(read_site(task, site, seed=0))
+    return build(task, model, adapter).prepare(read_site(task, site, seed=0, key=split_key))
 
 
 @lru_cache(maxsize=8)

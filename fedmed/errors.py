@@ -10,6 +10,11 @@ class FedmedError(Exception):
 
     exit_code = 2
 
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """What a command prints, one error a line."""
+        return (str(self),)
+
 
 class ConfigError(FedmedError):
     """A setting is unknown, out of range, or does not fit another one."""

@@ -47,18 +47,18 @@ def main() -> None:
         code = typer.main.get_command(build_app()).main(prog_name="fedmed", standalone_mode=False)
         if code == 130:
             # What Typer makes of Ctrl-C. A run that can go on raises `Interrupted` instead.
-            _fail("interrupted; nothing was kept", 130)
+            _fail("interrupted; nothing was kept", code=130)
         sys.exit(code or 0)
     except FedmedError as error:
-        _fail(str(error), error.exit_code)
+        _fail(*error.lines, code=error.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(2)
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
-        _fail(f"{error.format_message()} See: {context.command_path if context else 'fedmed'} --help", 2)
+        _fail(f"{error.format_message()} See: {context.command_path if context else 'fedmed'} --help", code=2)
     except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; nothing was kept", 130)
+        _fail("interrupted; nothing was kept", code=130)
     except BrokenPipeError:
         # The reader (head, less) is gone; there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -66,13 +66,14 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("FEDMED_DEBUG"):
             raise
-        _fail(internal(error), 1)
+        _fail(internal(error), code=1)
 
 
-def _fail(message: str, code: int) -> None:
-    """End with one line, whatever a value in it holds: line breaks, escape codes, a megabyte."""
-    line = re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", message)
-    if len(line) > LONGEST:
-        line = f"{line[: LONGEST // 2]} … {line[-LONGEST // 2 :]}"
-    print(f"error: {line}", file=sys.stderr)
+def _fail(*messages: str, code: int) -> None:
+    """End with one line a message, whatever a value in it holds: line breaks, escape codes, a megabyte."""
+    for message in messages:
+        line = re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", message)
+        if len(line) > LONGEST:
+            line = f"{line[: LONGEST // 2]} … {line[-LONGEST // 2 :]}"
+        print(f"error: {line}", file=sys.stderr)
     sys.exit(code)

@@ -132,11 +132,12 @@ class _Column:
     refused: NDArray[np.bool_]
 
 
-def read_site(task: TableTaskConfig, site: str, *, seed: int) -> SiteDataset:
+def read_site(task: TableTaskConfig, site: str, *, seed: int, key: bytes | None = None) -> SiteDataset:
     """The records of one site.
 
     Args:
         seed: of a `split: shuffle` (public benchmarks); a `hash` split uses the site's own key.
+        key: of a `split: hash`, where the site keeps its key in a folder of its own; None: that of `site_key`.
 
     Raises:
         DataError: a declared column is missing, or the site has no usable record to train or to test on.
@@ -174,7 +175,8 @@ def read_site(task: TableTaskConfig, site: str, *, seed: int) -> SiteDataset:
     codes = {name: code for code, name in enumerate(names)}
     patients = np.array([codes[name] for name in ids], dtype=np.int64)
     if task.split == "hash":
-        held_out = hash_split(names, fraction=task.test_fraction, key=site_key(site))
+        secret = site_key(site) if key is None else key
+        held_out = hash_split(names, fraction=task.test_fraction, key=secret)
     else:
         held_out = shuffle_split(len(names), fraction=task.test_fraction, seed=seed)
     positive = labels.iloc[keep].isin(task.positive).to_numpy()

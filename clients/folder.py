@@ -1,0 +1,220 @@
+"""A site's folder: its policy, its secret split key and its signing identity, for its owner's eyes alone."""
+
+import contextlib
+import os
+import secrets
+import shlex
+import shutil
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from pydantic import ValidationError
+
+from clients.policy import Policy
+from clients.policy_file import read_policy, render
+from fedmed.data.split import KEY_BYTES
+from fedmed.errors import FedmedError
+
+POLICY, KEY, IDENTITY = "site.yaml", "key", "identity.pem"
+# The policy comes last: a folder with a site.yaml is whole.
+FILES = (KEY, IDENTITY, POLICY)
+
+
+class SiteError(FedmedError):
+    """A site's folder cannot be made or used as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteFolder:
+    """An opened site: its policy as it was when the folder was opened, and its secrets.
+
+    Whatever prints this object shows no secret.
+    """
+
+    path: Path
+    policy: Policy
+    # The secret of the site's split and of its keyed hashes; never leaves the site.
+    split_key: bytes = field(repr=False)
+    _identity: ec.EllipticCurvePrivateKey = field(repr=False)
+
+    @classmethod
+    def init(cls, path: Path, *, name: str) -> "SiteFolder":
+        """Make a site with new secrets and the default policy, in a new or an empty folder.
+
+        Either the whole site is there afterwards, or nothing new. The folder is 0700, its files 0600.
+
+        Raises:
+            SiteError: the folder holds a site or other files, or cannot be written, or the name cannot be a site's.
+        """
+        try:
+            policy = Policy(name=name)
+        except ValidationError:
+            raise SiteError(f"name={name!r}: expected 1 to 100 printable characters") from None
+        contents = {
+            KEY: secrets.token_bytes(KEY_BYTES),
+            IDENTITY: _new_identity(),
+            POLICY: render(policy).encode(),
+        }
+        try:
+            _make(path, contents)
+        except OSError as error:
+            raise SiteError(f"{path}: a site cannot be made there ({error.strerror})") from None
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: Path) -> "SiteFolder":
+        """The site in a folder.
+
+        Raises:
+            SiteError: there is none, a file is missing or damaged, or others than the owner may read it.
+            PolicyError: its site.yaml cannot be used.
+        """
+        try:
+            present = {name for name in FILES if (path / name).is_file()}
+            if present:
+                _check_modes(path)
+        except OSError as error:
+            raise SiteError(f"{path}: cannot be read ({error.strerror})") from None
+        if not present:
+            again = f"fedmed site init {shlex.quote(str(path))} --name NAME"
+            raise SiteError(f"{path}: no site there; make one with: {again}")
+        missing = [name for name in FILES if name not in present]
+        if missing:
+            raise SiteError(f"{path}: damaged, without {' and '.join(missing)}; restore it from a backup")
+        key = _read(path / KEY)
+        if len(key) != KEY_BYTES:
+            # Another key would move patients between the training and the test part.
+            raise SiteError(f"{path / KEY}: damaged, expected {KEY_BYTES} bytes; restore it from a backup")
+        identity = _private_key(path / IDENTITY)
+        return cls(path=path, policy=read_policy(path / POLICY), split_key=key, _identity=identity)
+
+    @property
+    def public_key(self) -> bytes:
+        """The public half of the identity, in PEM: what `verify` takes."""
+        return self._identity.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+
+    def sign(self, data: bytes) -> bytes:
+        """The site's signature of `data`: ECDSA over P-384 with SHA-384, in DER."""
+        return self._identity.sign(data, ec.ECDSA(hashes.SHA384()))
+
+
+def verify(public_key: bytes, data: bytes, signature: bytes) -> bool:
+    """Whether the holder of a P-384 key (its public half in PEM) signed `data`. What is no key verifies nothing."""
+    try:
+        key = serialization.load_pem_public_key(public_key)
+        if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
+            return False
+        key.verify(signature, data, ec.ECDSA(hashes.SHA384()))
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+def _new_identity() -> bytes:
+    return ec.generate_private_key(ec.SECP384R1()).private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def _private_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    try:
+        key = serialization.load_pem_private_key(_read(path), password=None)
+    except (ValueError, TypeError):
+        key = None
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
+        raise SiteError(f"{path}: damaged, expected a P-384 private key in PEM; restore it from a backup")
+    return key
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SiteError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _check_modes(path: Path) -> None:
+    """Refuse a site that others can read or change."""
+    commands = []
+    for place, mode in [(path, "700"), *((path / name, "600") for name in FILES)]:
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_IMODE(place.stat().st_mode) & 0o077:
+                commands.append(f"chmod {mode} {shlex.quote(str(place))}")
+    if commands:
+        raise SiteError(f"{path}: others may read or change it; run: {' && '.join(commands)}")
+
+
+def _make(path: Path, contents: dict[str, bytes]) -> None:
+    """Write a site's files: all of them or, whatever interrupts, none."""
+    if path.is_dir():
+        if (path / POLICY).exists():
+            raise SiteError(
+                f"{path}: holds a site already; show it with: fedmed site policy {shlex.quote(str(path))}"
+            )
+        if any(path.iterdir()):
+            raise SiteError(f"{path}: holds other files; expected a new or an empty folder")
+    elif path.exists() or path.is_symlink():
+        raise SiteError(f"{path}: is no folder; expected a new or an empty one")
+    elif not path.absolute().parent.is_dir():
+        raise SiteError(f"{path}: no folder '{path.parent}' to make it in")
+    inside = path.is_dir()
+    draft = (path if inside else path.absolute().parent) / f".site-{secrets.token_hex(8)}"
+    made: list[Path] = []
+    done = False
+    try:
+        os.mkdir(draft, 0o700)
+        for name in FILES:
+            _write(draft / name, contents[name])
+        _sync(draft)
+        if inside:
+            # It may be a mount, or the shell's own folder, which a rename could not replace.
+            _move_in(draft, path, made)
+        else:
+            # Fails where another process has filled the place meanwhile.
+            os.rename(draft, path)
+            made.append(path)
+            _sync(path.absolute().parent)
+        done = True
+    finally:
+        if not done:
+            for place in made:
+                _remove(place)
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _remove(place: Path) -> None:
+    if place.is_dir():
+        shutil.rmtree(place, ignore_errors=True)
+    else:
+        place.unlink(missing_ok=True)
+
+
+def _move_in(draft: Path, path: Path, made: list[Path]) -> None:
+    os.chmod(path, 0o700)
+    for name in FILES:
+        # Unlike a rename, a link never replaces what another process has made meanwhile.
+        os.link(draft / name, path / name)
+        made.append(path / name)
+    _sync(path)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder last."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
