@@ -1,20 +1,12 @@
-"""The ClientApp: parses an instruction into checked values, does one round, answers. Values in, values out."""
+"""The ClientApp: parses an instruction into checked values and hands it to the site's desk. Values in, values out."""
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from clients import site as local_site
-from fedmed.errors import ConfigError, FedmedError
+from clients.guard import Desk, NoGuard, open_guard
+from fedmed.errors import ConfigError
 from fedmed.flower import constant_failure
-from fedmed.records import (
-    Instruction,
-    Quote,
-    Receipt,
-    quote_record,
-    read_instruction,
-    scores_record,
-    update_record,
-)
+from fedmed.records import Instruction, read_instruction
 
 app = ClientApp(mods=[constant_failure])
 
@@ -23,13 +15,14 @@ app = ClientApp(mods=[constant_failure])
 def query(message: Message, context: Context) -> Message:
     """Round 0: what would this run cost, by the site's own accounting? No data is opened."""
     instruction, _ = read_instruction(message.content)
-    site = _site(instruction, context)
-    try:
-        answer = local_site.quote(instruction, site)
-    except FedmedError as error:
-        # Declared values only have been read so far: the message can tell nothing about a record.
-        answer = Quote(site=site, declared_size=0, epsilon=None, refusal=str(error))
-    return _reply(quote_record(answer), message)
+    return _reply(_desk(context).quote(instruction, _site(instruction, context)), message)
+
+
+@app.query("end")
+def end(message: Message, context: Context) -> Message:
+    """The run is over: what it was promised and never used goes back."""
+    instruction, _ = read_instruction(message.content)
+    return _reply(_desk(context).end(instruction.run_id), message)
 
 
 @app.train()
@@ -37,22 +30,20 @@ def train(message: Message, context: Context) -> Message:
     """One round of local training; the reply holds the adapter's change and public values."""
     instruction, arrays = read_instruction(message.content)
     site = _site(instruction, context)
-    update = local_site.work(instruction, site, arrays)
-    receipt = Receipt(
-        site=site,
-        round=instruction.round,
-        declared_size=instruction.task.declared_train(site),
-        noise_draws=update.noise_draws,
-    )
-    return _reply(update_record(receipt, update.delta), message)
+    return _reply(_desk(context).train(instruction, site, arrays, message.content), message)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Exact score counts on held-out patients, marked as such."""
     instruction, arrays = read_instruction(message.content)
-    site = _site(instruction, context)
-    return _reply(scores_record(site, local_site.score(instruction, site, arrays)), message)
+    return _reply(_desk(context).evaluate(instruction, _site(instruction, context), arrays), message)
+
+
+def _desk(context: Context) -> Desk:
+    """Of the site's own folder, where its node was started with one: the coordinator has no say in it."""
+    folder = context.node_config.get("site-folder")
+    return open_guard(str(folder)) if folder else NoGuard()
 
 
 def _site(instruction: Instruction, context: Context) -> str:

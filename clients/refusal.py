@@ -6,7 +6,7 @@ from fedmed.errors import FedmedError
 
 
 class Rule(StrEnum):
-    """The code of each rule, in the order of the check. `METRICS` and `APPROVAL` stand outside `Policy.check`."""
+    """The code of each rule, in the order of the check. Those from `METRICS` on stand outside `Policy.check`."""
 
     # The task's title or digest is not on the site's list.
     TASK = "task"
@@ -33,6 +33,8 @@ class Rule(StrEnum):
     METRICS = "metrics"
     # The site wants a person's yes for every run.
     APPROVAL = "needs_approval"
+    # The cohort's budget does not hold the whole run beside what was spent and promised.
+    BUDGET = "budget"
 
 
 class Refusal(FedmedError):

@@ -73,6 +73,11 @@ def _epsilon(plan: PrivacyPlan) -> float:
     return plan.epsilon()
 
 
+def load(instruction: Instruction) -> None:
+    """Load the model, which reads no data."""
+    _model(instruction)
+
+
 def work(
     instruction: Instruction, site: str, arrays: Arrays, *, split_key: bytes | None = None
 ) -> LocalUpdate:

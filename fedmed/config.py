@@ -190,6 +190,11 @@ class FederationConfig:
     # The fraction of sites whose good replies a round needs.
     quorum: float = 0.5
     timeout: float = 600.0
+    # A folder that holds one site's folder for each site, by its name: the sites' own policies and ledgers then
+    # decide. null: one person plays all sites, and nothing is remembered.
+    sites: str | None = None
+    # How long to wait for people at the sites to approve the run, in seconds.
+    approval_timeout: float = 3600.0
 
     def __post_init__(self) -> None:
         check_finite(self, "federation")
@@ -197,6 +202,10 @@ class FederationConfig:
         require(self.workers >= 0, "federation.workers", self.workers, ">= 0")
         require(0 < self.quorum <= 1, "federation.quorum", self.quorum, "0 < quorum <= 1")
         require(self.timeout > 0, "federation.timeout", self.timeout, "> 0 seconds")
+        require(
+            self.approval_timeout >= 0, "federation.approval_timeout", self.approval_timeout, ">= 0 seconds"
+        )
+        require(self.sites != "", "federation.sites", "''", "a folder, or null")
 
 
 def _check_uri(uri: str) -> None:
@@ -316,6 +325,12 @@ class RunConfig:
             "reference",
             "true",
             "false, unless task.public_benchmark=true: the references train on the same patients outside epsilon",
+        )
+        require(
+            not (self.reference and self.federation.sites),
+            "reference",
+            "true",
+            "false with federation.sites: the references would train on the same patients again",
         )
         if self.model.kind == "tabular":
             require(

@@ -12,7 +12,7 @@ import signal
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -37,11 +37,17 @@ def load_object(reference: str) -> Any:
 
 
 def run_in_process(
-    server_app: ServerApp, client_app: ClientApp, *, nodes: int, workers: int, run_config: dict
+    server_app: ServerApp,
+    client_app: ClientApp,
+    *,
+    nodes: int | Sequence[Mapping[str, str]],
+    workers: int,
+    run_config: dict,
 ) -> None:
-    """Run a ServerApp against `nodes` copies of a ClientApp.
+    """Run a ServerApp against copies of a ClientApp.
 
     Args:
+        nodes: for each copy, what Flower's `--node-config` would hold besides its number; or how many there are.
         workers: processes that play the nodes; 1 stays in this one.
         run_config: what `flwr run --run-config` would hold.
     """
@@ -58,7 +64,10 @@ def run_in_process(
 class InProcessGrid(Grid):
     """A Grid whose nodes live here. A node always stays with the same worker, so that what it keeps warm stays."""
 
-    def __init__(self, client_app: ClientApp, *, nodes: int, workers: int = 1) -> None:
+    def __init__(
+        self, client_app: ClientApp, *, nodes: int | Sequence[Mapping[str, str]], workers: int = 1
+    ) -> None:
+        configs = [{}] * nodes if isinstance(nodes, int) else nodes
         self._app = client_app
         self._run = Run.create_empty(run_id=1)
         # A Message reads its run and source from this process-wide identity.
@@ -67,14 +76,14 @@ class InProcessGrid(Grid):
             index + 2: Context(
                 run_id=1,
                 node_id=index + 2,
-                node_config={"partition-id": index, "num-partitions": nodes},
+                node_config={**config, "partition-id": index, "num-partitions": len(configs)},
                 state=RecordDict(),
                 run_config={},
             )
-            for index in range(nodes)
+            for index, config in enumerate(configs)
         }
         self._replies: dict[str, Message] = {}
-        self._requested = min(workers, nodes)
+        self._requested = min(workers, len(configs))
         self._workers: list[_Worker] | None = None
 
     def start_workers(self) -> None:

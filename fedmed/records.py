@@ -5,6 +5,7 @@ arrays. A message of another protocol version is refused.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections import OrderedDict
@@ -79,6 +80,8 @@ class Quote:
     # None where the run adds no noise.
     epsilon: float | None
     refusal: str | None = None
+    # Why the run has to wait, where a person at the site must approve it first.
+    waiting: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +165,76 @@ def read_scores(content: RecordDict) -> tuple[str, ScoreCounts]:
     if counts.shape != (2, CELLS) or counts.dtype != np.int32 or (counts < 0).any():
         raise RunError("score counts are misshapen, of another type or negative")
     return site, ScoreCounts(counts.astype(np.int64))
+
+
+def ended_record(run: str) -> RecordDict:
+    """The content of a site's answer to the end of a run."""
+    return _record("ended", {"run": run})
+
+
+def read_ended(content: RecordDict) -> str:
+    """The run that a site has put away."""
+    return str(_values("ended", content)["run"])
+
+
+def head_record(digest: str, signature: str) -> ConfigRecord:
+    """What a site's ledger ends with: its coordinator keeps it, so that a later truncation shows."""
+    return ConfigRecord({"head": digest, "signature": signature})
+
+
+def read_head(content: RecordDict) -> tuple[str, str] | None:
+    """The ledger's head in a reply: its hash and the site's signature; None from a site without a ledger."""
+    record = content.config_records.get("ledger")
+    if record is None:
+        return None
+    head, signature = record.get("head"), record.get("signature")
+    if not (
+        isinstance(head, str) and isinstance(signature, str) and len(head) == 64 and len(signature) <= 512
+    ):
+        raise RunError("a malformed ledger receipt")
+    return head, signature
+
+
+def digest(content: RecordDict) -> str:
+    """A sha256 over everything in a message's content, the same for equal contents."""
+    return hashlib.sha256(to_bytes(content)).hexdigest()
+
+
+def to_bytes(content: RecordDict) -> bytes:
+    """The content as bytes: a header in JSON on a line of its own, then the arrays' bytes in its order.
+
+    Raises:
+        RunError: it holds records of another kind than texts and arrays.
+    """
+    header: list[Any] = []
+    parts: list[bytes] = []
+    for name, record in sorted(content.items()):
+        if isinstance(record, ConfigRecord):
+            header.append([name, dict(record)])
+        elif isinstance(record, ArrayRecord):
+            header.append(
+                [name, [[k, a.dtype, list(a.shape), a.stype, len(a.data)] for k, a in record.items()]]
+            )
+            parts += [array.data for array in record.values()]
+        else:
+            raise RunError(f"a message holds a {type(record).__name__}")
+    return b"".join([json.dumps(header, sort_keys=True, allow_nan=False).encode(), b"\n", *parts])
+
+
+def from_bytes(data: bytes) -> RecordDict:
+    """The content that `to_bytes` was given."""
+    header, _, rest = data.partition(b"\n")
+    content = RecordDict()
+    for name, values in json.loads(header):
+        if isinstance(values, dict):
+            content[name] = ConfigRecord(values)
+            continue
+        arrays = OrderedDict()
+        for key, dtype, shape, stype, size in values:
+            arrays[key] = Array(dtype=dtype, shape=tuple(shape), stype=stype, data=rest[:size])
+            rest = rest[size:]
+        content[name] = ArrayRecord(arrays)
+    return content
 
 
 def array_bytes(content: RecordDict) -> int:

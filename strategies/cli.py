@@ -119,6 +119,7 @@ def _check(config: "RunConfig", *, records: bool = True) -> list[str]:
     from fedmed.tracking import check
 
     check(config.tracking)
+    _check_sites(config)
     if not config.task.declared_sizes:
         # The column's values are not listed: of a mistyped column they might be patient ids.
         found = len(sites_in(config.task))
@@ -145,6 +146,20 @@ def _check(config: "RunConfig", *, records: bool = True) -> list[str]:
         total = sum(undeclared.values())
         warnings.append(f"{total} record(s) left out: their site is not in task.declared_sizes")
     return warnings
+
+
+def _check_sites(config: "RunConfig") -> None:
+    """Whether each site of the run has its folder under `federation.sites`."""
+    from fedmed.errors import ConfigError
+
+    folder = config.federation.sites
+    for site in config.task.declared_sizes if folder else ():
+        path = Path(folder, site)
+        if not (path / "site.yaml").is_file():
+            raise ConfigError(
+                f"federation.sites={folder}: no site in {path}; make it with: "
+                f"{shlex.join(['fedmed', 'site', 'init', str(path), '--name', site])}"
+            )
 
 
 def _check_folder(config: "RunConfig") -> None:
@@ -198,12 +213,13 @@ def _run_local(config: "RunConfig", overrides: list[str]) -> None:
     from fedmed.flower import load_object, run_in_process
     from strategies.server_app import app
 
-    sites = len(config.task.declared_sizes)
-    workers = config.federation.workers or min(os.cpu_count() or 1, sites)
+    sites = list(config.task.declared_sizes)
+    workers = config.federation.workers or min(os.cpu_count() or 1, len(sites))
+    folder = config.federation.sites
     run_in_process(
         app,
         load_object(CLIENT_APP),
-        nodes=sites,
+        nodes=[{"site-folder": str(Path(folder, site).absolute())} if folder else {} for site in sites],
         workers=workers,
         run_config={"overrides": shlex.join(overrides)},
     )

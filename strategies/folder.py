@@ -22,6 +22,7 @@ from fedmed.schema import from_dict, to_dict
 from strategies.base import Arrays, State
 
 CHECKPOINT = "checkpoint.safetensors"
+RUN_ID, RECEIPTS = "run_id", "receipts.jsonl"
 # What a finished run says of its cost, for people and for programs.
 STATEMENTS = ("summary.json", "report.html", "MODEL_CARD.md")
 
@@ -48,8 +49,8 @@ class RunFolder:
         self.path = path
 
     @classmethod
-    def create(cls, config: RunConfig, plans: dict[str, PrivacyPlan]) -> "RunFolder":
-        """A new folder with its configuration and plans.
+    def create(cls, config: RunConfig, plans: dict[str, PrivacyPlan], *, run_id: str) -> "RunFolder":
+        """A new folder with its configuration and plans, and the name under which the sites know the run.
 
         Raises:
             ConfigError: `run_dir` names a folder that holds a run already.
@@ -62,6 +63,7 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         folder = cls(path)
         folder._write_plans(plans)
+        write_bytes(path / RUN_ID, run_id.encode())
         # Last: a folder with a configuration is one that can be resumed.
         write_json(path / "config.json", _kept(config))
         return folder
@@ -80,7 +82,7 @@ class RunFolder:
 
     def discard(self) -> None:
         """Take back `create`: nothing else that is in the folder is touched."""
-        for name in ("config.json", "plans.json", "mlflow_run_id"):
+        for name in ("config.json", "plans.json", "mlflow_run_id", RUN_ID, RECEIPTS):
             (self.path / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.path.rmdir()
@@ -93,11 +95,23 @@ class RunFolder:
         values = json.loads((self.path / "plans.json").read_text())
         return {site: from_dict(PrivacyPlan, plan, where=f"plans.{site}") for site, plan in values.items()}
 
+    @property
+    def run_id(self) -> str:
+        """The run's name at the sites: unlike the folder's name, no two runs anywhere share it."""
+        return (self.path / RUN_ID).read_text()
+
     def journal(self, **entry: Any) -> None:
         """Append one line and make it last before anything depends on it."""
-        with (self.path / "journal.jsonl").open("ab") as file:
+        self._append("journal.jsonl", entry)
+
+    def receive(self, site: str, head: str, signature: str) -> None:
+        """Keep what a site's ledger ended with when it answered: a later truncation of it then shows."""
+        self._append(RECEIPTS, {"site": site, "head": head, "signature": signature})
+
+    def _append(self, name: str, entry: dict[str, Any]) -> None:
+        with (self.path / name).open("ab") as file:
             # A torn last line goes, or it would spoil this one.
-            file.truncate(len(self._whole_lines()))
+            file.truncate(len(self._whole_lines(name)))
             file.write(json.dumps({"time": round(time.time(), 3), **entry}).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
@@ -106,9 +120,9 @@ class RunFolder:
         """How many times a round has been sent to the sites, finished or not."""
         return sum(json.loads(line)["event"] == "round-sent" for line in self._whole_lines().splitlines())
 
-    def _whole_lines(self) -> bytes:
-        """The journal without a torn last line, which was never acted on: a round is sent once its line lasts."""
-        path = self.path / "journal.jsonl"
+    def _whole_lines(self, name: str = "journal.jsonl") -> bytes:
+        """A file of lines without a torn last line, which was never acted on: a round is sent once its line lasts."""
+        path = self.path / name
         content = path.read_bytes() if path.exists() else b""
         return content[: content.rfind(b"\n") + 1]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import secrets
 import shlex
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ from fedmed.models.classifier import Classifier
 from fedmed.models.export import export, write_card
 from fedmed.privacy.accounting import round_up
 from fedmed.privacy.plan import PrivacyPlan, make_plan
-from fedmed.records import Instruction
+from fedmed.records import Instruction, Quote
 from fedmed.report.html import write_report
 from fedmed.resources import PeakMemory
 from fedmed.tracking import Tracker, make_tracker
@@ -50,8 +51,11 @@ def run(config: RunConfig, grid: Grid) -> Path:
         config = _asked(config, plans)
         # Before the grid forks its workers, so that they share the loaded model.
         model = build_model(config.task, config.model, config.adapter)
-        sites = Sites(grid, config.federation.timeout)
-        quotes = sites.connect(Instruction.of(config, plans, run_id="quote", round=0))
+        run_id = folder.run_id if folder else f"{config.name}-{secrets.token_hex(6)}"
+        heads: list[tuple[str, str, str]] = []
+        sites = Sites(grid, config.federation.timeout, received=lambda *head: heads.append(head))
+        launch = Instruction.of(config, plans, run_id=run_id, round=0)
+        quotes = _quotes(config, sites, launch, console)
         for site, quote in quotes.items():
             if quote.declared_size != plans[site].declared_size:
                 raise ConfigError(
@@ -62,18 +66,21 @@ def run(config: RunConfig, grid: Grid) -> Path:
                     f"site '{site}' accounts epsilon {quote.epsilon}, the run less; same versions?"
                 )
         if folder is None:
-            folder = RunFolder.create(config, plans)
+            folder = RunFolder.create(config, plans, run_id=run_id)
         else:
             folder.change(config, plans)
         ok, where = False, None
+        sites.received = folder.receive
         try:
+            for head in heads:
+                folder.receive(*head)
             _say_start(console, config, plans, folder)
             where = tracker.start(config, folder.path)
             progress = _train(config, sites, plans, folder, model, console, tracker, began)
             trained = time.monotonic()
-            loop = Loop(config, sites, plans, folder.path.name)
+            loop = Loop(config, sites, plans, run_id)
             released = loop.released(progress)
-            final = Instruction.of(config, plans, run_id=folder.path.name, round=progress.round)
+            final = Instruction.of(config, plans, run_id=run_id, round=progress.round)
             test = sites.evaluate(final, released, plans)
             references = _references(config, sites, plans, model, console) if config.reference else None
             export(model, released, config, folder.path / "adapter")
@@ -99,11 +106,28 @@ def run(config: RunConfig, grid: Grid) -> Path:
         finally:
             console.end()
             tracker.finish(folder.path, ok=ok)
+            if ok or not folder.rounds_sent():
+                # Of a run that can be resumed, what it was promised stays promised.
+                sites.end(launch)
             if not ok and not config.resume and not folder.rounds_sent():
                 folder.discard()
     console.table(summary)
     _say_end(console, folder, where)
     return folder.path
+
+
+def _quotes(config: RunConfig, sites: Sites, launch: Instruction, console: RunConsole) -> dict[str, Quote]:
+    """Each site's quote. A run that does not start gives back what other sites had promised it already."""
+
+    def waits(reasons: dict[str, str]) -> None:
+        for site, reason in sorted(reasons.items()):
+            console.say(f"site '{site}': {reason}: fedmed site approve {launch.run_id}")
+
+    try:
+        return sites.connect(launch, approval_timeout=config.federation.approval_timeout, waits=waits)
+    except BaseException:
+        sites.end(launch)
+        raise
 
 
 def _plans(config: RunConfig, folder: RunFolder | None) -> dict[str, PrivacyPlan]:
@@ -151,7 +175,7 @@ def _train(
         tracker.log(_tracked(entry), entry["round"])
 
     loop = Loop(
-        config, sites, plans, folder.path.name, interrupted, sent=sent, finished=finished, warn=console.warn
+        config, sites, plans, folder.run_id, interrupted, sent=sent, finished=finished, warn=console.warn
     )
     console.begin("federated training", until, progress.round)
     loop.run(progress, until=until)

@@ -18,6 +18,8 @@ from fedmed.records import (
     Receipt,
     array_bytes,
     instruction_record,
+    read_ended,
+    read_head,
     read_quote,
     read_scores,
     read_update,
@@ -25,6 +27,8 @@ from fedmed.records import (
 
 log = logging.getLogger("fedmed.coordinator")
 Answer = TypeVar("Answer")
+# How often sites are asked whether a person has approved, in seconds.
+APPROVAL_POLL = 1.0
 
 
 @dataclass
@@ -46,26 +50,57 @@ class Sites:
     grid: Grid
     timeout: float
     nodes: dict[str, int] = field(default_factory=dict)
+    # Called with a site's name, its ledger's head and the signature, for each reply from a site with a ledger.
+    received: Callable[[str, str, str], None] = field(default=lambda _site, _head, _signature: None)
 
-    def connect(self, instruction: Instruction) -> dict[str, Quote]:
+    def connect(
+        self,
+        instruction: Instruction,
+        *,
+        approval_timeout: float = 0.0,
+        waits: Callable[[dict[str, str]], None] = lambda _reasons: None,
+    ) -> dict[str, Quote]:
         """Wait for enough nodes, ask each for a quote, and learn which node is which site.
 
+        Where people at the sites have to approve the run first, ask again until they have.
+
+        Args:
+            approval_timeout: seconds to wait for them.
+            waits: called once with each waiting site's reason.
+
         Raises:
-            ConfigError: a site refuses, or there are fewer nodes than sites.
+            ConfigError: a site refuses, or there are fewer nodes than sites, or nobody approved in time.
         """
+        end = time.monotonic() + approval_timeout
+        quotes = self._quotes(instruction)
+        waiting = {site: quote.waiting for site, quote in quotes.items() if quote.waiting}
+        if waiting and approval_timeout:
+            waits(waiting)
+        while waiting:
+            if time.monotonic() > end:
+                reasons = "; ".join(f"site '{site}': {reason}" for site, reason in sorted(waiting.items()))
+                raise ConfigError(f"{reasons}: fedmed site approve {instruction.run_id}; nobody did in time")
+            time.sleep(APPROVAL_POLL)
+            quotes = self._quotes(instruction)
+            waiting = {site: quote.waiting for site, quote in quotes.items() if quote.waiting}
+        return quotes
+
+    def _quotes(self, instruction: Instruction) -> dict[str, Quote]:
         wanted = set(instruction.task.declared_sizes)
         nodes = self._wait_for_nodes(len(wanted))
         replies, _ = self._ask(nodes, MessageType.QUERY, instruction_record(instruction), read_quote)
+        for node, quote in replies.items():
+            # First all of them: whoever has promised something must be told if the run does not start.
+            self.nodes.setdefault(quote.site, node)
         quotes: dict[str, Quote] = {}
         for node, quote in replies.items():
             if quote.refusal is not None:
                 raise ConfigError(f"site '{quote.site}' refuses the run: {quote.refusal}")
-            if quote.site not in wanted or quote.site in quotes:
+            if quote.site not in wanted or self.nodes[quote.site] != node:
                 raise ConfigError(
                     f"two nodes say that they are site '{quote.site}', or the run has no such site"
                 )
             quotes[quote.site] = quote
-            self.nodes[quote.site] = node
         missing = wanted - quotes.keys()
         if missing:
             raise RunError(
@@ -86,6 +121,11 @@ class Sites:
         content = instruction_record(instruction, arrays)
         replies, _ = self._by_site(sites, MessageType.EVALUATE, content, read_scores)
         return {site: counts for site, (_, counts) in replies.items()}
+
+    def end(self, instruction: Instruction) -> None:
+        """Tell every site that the run is over, so that what it never used goes back to the budget."""
+        content = instruction_record(instruction)
+        self._by_site(self.nodes, f"{MessageType.QUERY}.end", content, read_ended)
 
     def _by_site(
         self, sites: Iterable[str], kind: str, content: RecordDict, read: Callable[[RecordDict], Answer]
@@ -113,6 +153,9 @@ class Sites:
             traffic.up += array_bytes(reply.content)
             try:
                 answers[node] = read(reply.content)
+                head = read_head(reply.content)
+                if head is not None:
+                    self.received(name, *head)
             # Whatever a site sends, parsers of JSON and arrays may raise anything: it must not end the run.
             except Exception as error:
                 log.warning("%s sent an unreadable %s reply (%s); dropped", name, kind, type(error).__name__)

@@ -1,0 +1,289 @@
+"""What stands between a request and a site's data: its policy, a person's approval, its budget; then the gate.
+
+`Guard` is a site with a folder of its own. `NoGuard` is for one person who plays all sites on one machine:
+nothing is remembered, and nothing leaves the machine.
+"""
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+from flwr.app import RecordDict
+
+from clients import site as local_site
+from clients.asked import model_name, not_private
+from clients.folder import SiteFolder
+from clients.refusal import Refusal, Rule
+from fedmed.errors import FedmedError, ModelError
+from fedmed.privacy.account import BudgetError
+from fedmed.privacy.events import to_json
+from fedmed.privacy.ledger import Ledger, LedgerError, Stored, canonical
+from fedmed.privacy.plan import PrivacyPlan
+from fedmed.privacy.release import Approved, Code, Ended, Gate, Privatised, Repeated
+from fedmed.records import Arrays, Instruction, Quote, Receipt, digest
+from fedmed.schema import to_dict
+
+log = logging.getLogger("fedmed.site")
+
+LEDGER = "ledger.db"
+
+
+class Desk(Protocol):
+    """Answers the coordinator's messages for one site."""
+
+    def quote(self, instruction: Instruction, site: str) -> RecordDict:
+        """Round 0: what the run would cost, or why not. No data is opened."""
+        ...
+
+    def train(self, instruction: Instruction, site: str, arrays: Arrays, content: RecordDict) -> RecordDict:
+        """One round."""
+        ...
+
+    def evaluate(self, instruction: Instruction, site: str, arrays: Arrays) -> RecordDict:
+        """Exact scores on held-out patients."""
+        ...
+
+    def end(self, run: str) -> RecordDict:
+        """The run is over: what it never used goes back."""
+        ...
+
+
+class NoGuard:
+    """A site without a folder. Its own words may be shown: they stay with the person who runs everything."""
+
+    gate = Gate(None)
+    approval = "one person plays all sites"
+
+    def quote(self, instruction: Instruction, site: str) -> RecordDict:
+        try:
+            answer = local_site.quote(instruction, site)
+        except FedmedError as error:
+            # Declared values only have been read so far: the message can tell nothing about a record.
+            answer = Quote(site=site, declared_size=0, epsilon=None, refusal=str(error))
+        return self.gate.release(answer)
+
+    def train(self, instruction: Instruction, site: str, arrays: Arrays, content: RecordDict) -> RecordDict:
+        del content
+        update = local_site.work(instruction, site, arrays)
+        value = _receipt(instruction, site, update.noise_draws), update.delta
+        return self.gate.release(
+            Approved(site=site, run=instruction.run_id, value=value, approval=self.approval)
+        )
+
+    def evaluate(self, instruction: Instruction, site: str, arrays: Arrays) -> RecordDict:
+        counts = local_site.score(instruction, site, arrays)
+        return self.gate.release(
+            Approved(site=site, run=instruction.run_id, value=counts, approval=self.approval)
+        )
+
+    def end(self, run: str) -> RecordDict:
+        return self.gate.release(Ended(run))
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A site with its own folder: policy, approvals, ledger. Every check reads declared values and comes first."""
+
+    folder: SiteFolder
+    ledger: Ledger
+
+    @property
+    def gate(self) -> Gate:
+        """What everything passes on its way out."""
+        return Gate(self.ledger)
+
+    def quote(self, instruction: Instruction, site: str) -> RecordDict:
+        waiting = refusal = None
+        epsilon, size = None, 0
+        try:
+            self._check(instruction, site)
+            answer = local_site.quote(instruction, site)
+            epsilon, size = answer.epsilon, answer.declared_size
+            waiting = self._approval(instruction, site)
+            if waiting is None and not_private(instruction) is None:
+                self._hold(instruction, site)
+        except Refusal as error:
+            refusal = str(error)
+        except ModelError as error:
+            refusal = self._said(Code.MODEL, error)
+        except LedgerError as error:
+            refusal = self._said(Code.LEDGER, error)
+        except BudgetError as error:
+            refusal = self._said(Code.BUDGET, error)
+        except FedmedError as error:
+            refusal = self._said(Code.INSTRUCTION, error)
+        answer = Quote(site=site, declared_size=size, epsilon=epsilon, refusal=refusal, waiting=waiting)
+        if refusal == Code.LEDGER:
+            # Without a ledger there is no receipt either.
+            return Gate(None).release(answer)
+        return self.gate.release(answer)
+
+    def train(self, instruction: Instruction, site: str, arrays: Arrays, content: RecordDict) -> RecordDict:
+        self._check(instruction, site)
+        approval = self._approved(instruction, site)
+        if not_private(instruction) is not None:
+            update = local_site.work(instruction, site, arrays, split_key=self.folder.split_key)
+            value = _receipt(instruction, site, update.noise_draws), update.delta
+            return self.gate.release(
+                Approved(site=site, run=instruction.run_id, value=value, approval=approval)
+            )
+        if instruction.round < 1 or _event(local_site.own_plan(instruction, site)) != self._promised(
+            instruction
+        ):
+            raise BudgetError(f"run '{instruction.run_id}': the round is not of the plan that was promised")
+        attempt = self.ledger.reserve(
+            instruction.run_id, purpose="train", round=instruction.round, request=digest(content)
+        )
+        if isinstance(attempt, Stored):
+            return self.gate.release(Repeated(attempt.content))
+        try:
+            local_site.load(instruction)
+            self.ledger.open_data(attempt)
+        except Exception:
+            if attempt.state == "reserved":
+                self.ledger.refund(attempt.nonce, by="site", why="it failed before data was opened")
+            raise
+        update = local_site.work(instruction, site, arrays, split_key=self.folder.split_key)
+        receipt = _receipt(instruction, site, update.noise_draws)
+        return self.gate.release(Privatised(receipt=receipt, delta=update.delta, attempt=attempt))
+
+    def evaluate(self, instruction: Instruction, site: str, arrays: Arrays) -> RecordDict:
+        self._check(instruction, site)
+        approval = self._approved(instruction, site)
+        counts = local_site.score(instruction, site, arrays, split_key=self.folder.split_key)
+        return self.gate.release(Approved(site=site, run=instruction.run_id, value=counts, approval=approval))
+
+    def end(self, run: str) -> RecordDict:
+        self.ledger.end(run)
+        return self.gate.release(Ended(run))
+
+    def _check(self, instruction: Instruction, site: str) -> None:
+        """Return if the policy allows the run.
+
+        Raises:
+            Refusal: with the rule, the asked and the allowed value.
+        """
+        policy = self.folder.policy
+        if policy.name != site:
+            raise Refusal(Rule.PLAN, asked="another site's part", allowed="this site's own")
+        policy.check(instruction, site)
+        policy.check_metrics("held_out", _release(instruction))
+
+    def _approval(self, instruction: Instruction, site: str) -> str | None:
+        """Why the run still waits for a person; None if it need not, or was approved.
+
+        Raises:
+            Refusal: a person refused it.
+        """
+        if not self.folder.policy.approvals(instruction, release=_release(instruction)):
+            return None
+        run, what = instruction.run_id, _what(instruction, site)
+        decision = self.ledger.account.decisions.get(run)
+        if decision is None or decision["what"]["digest"] != what["digest"]:
+            self.ledger.request(run, what=what)
+            return f"a person at the site has to approve run {run}"
+        if not decision["approved"]:
+            raise Refusal(Rule.APPROVAL, asked=f"run {run}", allowed="not this one: a person refused it")
+        return None
+
+    def _approved(self, instruction: Instruction, site: str) -> str:
+        """Who allowed the run, for the ledger.
+
+        Raises:
+            Refusal: nobody did.
+        """
+        waiting = self._approval(instruction, site)
+        if waiting:
+            raise Refusal(
+                Rule.APPROVAL, asked=f"run {instruction.run_id}", allowed="once a person approved it"
+            )
+        decision = self.ledger.account.decisions.get(instruction.run_id)
+        return f"{decision['by']}: {decision['why']}" if decision else "the site's policy"
+
+    def _hold(self, instruction: Instruction, site: str) -> None:
+        """Promise the run its whole cost.
+
+        Raises:
+            Refusal: it does not fit.
+        """
+        plan = local_site.own_plan(instruction, site)
+        policy, event = self.folder.policy, _event(plan)
+        cohort = self.ledger.account.cohort(policy.cohort)
+        budget = cohort.budget
+        if budget is None or budget.epsilon > policy.epsilon_total or budget.delta > policy.delta_total:
+            total = f"{policy.epsilon_total:g} and delta {policy.delta_total:g}"
+            log.error(
+                "the budget of cohort '%s' is not set, or above site.yaml's epsilon %s", cohort.name, total
+            )
+            raise Refusal(Rule.BUDGET, asked=f"{plan.rounds} rounds", allowed="0")
+        try:
+            self.ledger.hold(
+                instruction.run_id, cohort=cohort.name, purpose="train", event=event, rounds=plan.rounds
+            )
+        except BudgetError as error:
+            log.warning("refused: %s", error)
+            held = self.ledger.account.holds.get((instruction.run_id, "train"))
+            fits = budget.rounds_that_fit(cohort.charges, event) + (held.rounds if held else 0)
+            raise Refusal(Rule.BUDGET, asked=f"{plan.rounds} rounds", allowed=f"at most {fits}") from None
+
+    def _promised(self, instruction: Instruction) -> str | None:
+        self.ledger.refresh()
+        held = self.ledger.account.holds.get((instruction.run_id, "train"))
+        return held.event if held else None
+
+    def _said(self, code: Code, error: FedmedError) -> str:
+        """The code that leaves; the words stay in the site's log."""
+        log.error("%s: %s", code, error)
+        return code.value
+
+
+@lru_cache(maxsize=32)
+def open_guard(path: str) -> Guard:
+    """The guard of a site's folder, opened once in a process: a warm site.
+
+    Raises:
+        SiteError, PolicyError, LedgerError: the folder cannot be used.
+    """
+    folder = SiteFolder.open(Path(path))
+    return Guard(folder, Ledger(folder.path / LEDGER, folder))
+
+
+def _release(instruction: Instruction) -> Any:
+    return getattr(instruction.privacy, "metrics", "exact")
+
+
+def _event(plan: PrivacyPlan) -> str:
+    """What one round costs."""
+    return to_json(plan.event(rounds=1))
+
+
+def _receipt(instruction: Instruction, site: str, noise_draws: int) -> Receipt:
+    return Receipt(
+        site=site,
+        round=instruction.round,
+        declared_size=instruction.task.declared_train(site),
+        noise_draws=noise_draws,
+    )
+
+
+def _what(instruction: Instruction, site: str) -> dict[str, Any]:
+    """What a person is asked to approve: declared values, and a digest of all of them."""
+    plan = local_site.own_plan(instruction, site)
+    groups = ("task", "model", "adapter", "privacy", "training")
+    whole = {name: to_dict(getattr(instruction, name)) for name in groups} | {"plan": to_dict(plan)}
+    reason = not_private(instruction)
+    return {
+        "task": instruction.task.title,
+        "model": model_name(instruction.model),
+        "adapter": instruction.adapter.kind,
+        "rounds": plan.rounds,
+        "epsilon": None if reason else plan.epsilon(),
+        "delta": None if reason else plan.delta,
+        "not_private": reason,
+        "metrics": _release(instruction),
+        "digest": hashlib.sha256(canonical(json.loads(json.dumps(whole))).encode()).hexdigest(),
+    }
