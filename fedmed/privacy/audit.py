@@ -103,14 +103,15 @@ def audit(
     )
     if plan.noise_multiplier <= 0:
         raise PrivacyError("plan.noise_multiplier=0: there is no claim to audit; set an epsilon")
-    claimed = composed_steps(plan.event())
+    # From the event and not from the plan's fields: it is the event that epsilon is computed of.
+    steps, variance = composed_noise(plan.event())
     bench = Bench(train, plan, canaries, progress)
     included = source.uniform(canaries) < 0.5
     rounds, counted, reported = whole_run(bench, np.flatnonzero(included), source)
     checks = (
         check_canaries(bench, rounds.sum(axis=0), included, guesses, confidence),
-        check_variance(bench, rounds, claimed),
-        check_counting(bench, claimed, counted, reported, source),
+        check_variance(bench, rounds, variance),
+        check_counting(bench, steps, counted, reported, source),
         check_coupled(bench, source),
         check_clipping(bench, source),
     )
@@ -120,18 +121,20 @@ def audit(
     )  # fmt: skip
 
 
-def composed_steps(event: dp_accounting.DpEvent) -> int:
-    """How many noised steps an event composes.
+def composed_noise(event: dp_accounting.DpEvent) -> tuple[int, float]:
+    """How many noised steps an event composes, and the sum of their variances in units of the clipping norm.
 
     Raises:
         PrivacyError: it holds anything but Poisson-sampled Gaussians.
     """
     if isinstance(event, dp_accounting.SelfComposedDpEvent):
-        return int(event.count) * composed_steps(event.event)
+        steps, variance = composed_noise(event.event)
+        return int(event.count) * steps, event.count * variance
     if isinstance(event, dp_accounting.ComposedDpEvent):
-        return sum(composed_steps(part) for part in event.events)
+        parts = [composed_noise(part) for part in event.events]
+        return sum(steps for steps, _ in parts), sum(variance for _, variance in parts)
     if isinstance(event, dp_accounting.PoissonSampledDpEvent):
-        return composed_steps(event.event)
+        return composed_noise(event.event)
     if isinstance(event, dp_accounting.GaussianDpEvent):
-        return 1
+        return 1, float(event.noise_multiplier) ** 2
     raise PrivacyError(f"{type(event).__name__} cannot be audited; expected Poisson-sampled Gaussians")

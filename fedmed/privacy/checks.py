@@ -56,7 +56,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Bench:
-    """What every check runs: the function, the plan and a model with `unused` directions that no patient touches."""
+    """What every check runs: a training function on a model that is wider than the patients reach."""
 
     train: Train
     plan: PrivacyPlan
@@ -102,7 +102,7 @@ class Bench:
 def whole_run(
     bench: Bench, directions: NDArray[np.int64], source: RandomSource
 ) -> tuple[NDArray[np.float64], float, int]:
-    """All rounds on the given canaries.
+    """All rounds on canaries along the given directions.
 
     Returns:
         (rounds, width) updates; how many steps' noise was drawn, counted at the source without what sampling
@@ -138,6 +138,12 @@ def check_canaries(
     guesses: int,
     confidence: float,
 ) -> Check:
+    """The lower bound of one run against the claim.
+
+    Args:
+        update: (width,) the sum of all rounds' updates.
+        included: (canaries,) the secret coins.
+    """
     plan, canaries = bench.plan, bench.canaries
     # The inner product of all noisy updates with a canary's direction is one weight's whole change.
     right = right_guesses(np.nan_to_num(update[:canaries]), included, guesses=guesses)
@@ -158,9 +164,13 @@ def check_canaries(
     )  # fmt: skip
 
 
-def check_variance(bench: Bench, rounds: NDArray[np.float64], claimed: int) -> Check:
-    """Chi-squared, on the directions that no patient touches: of each round, and of the rounds' sum."""
-    unused = rounds[:, bench.canaries :] / bench.plan.noise_multiplier
+def check_variance(bench: Bench, rounds: NDArray[np.float64], claimed: float) -> Check:
+    """Chi-squared, on the directions that no patient touches: of the rounds one by one, and of their sum.
+
+    Args:
+        claimed: the sum of the accounted steps' variances, in units of the clipping norm.
+    """
+    unused = rounds[:, bench.canaries :]
     per_round = float((unused**2).sum()) / claimed * bench.plan.rounds
     summed = float((unused.sum(axis=0) ** 2).sum()) / claimed
     inside = []
