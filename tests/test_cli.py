@@ -216,7 +216,8 @@ def test_a_very_long_value_is_a_line_one_can_read(light: Commands, folder: Path)
 
 
 @pytest.mark.parametrize(
-    "typed", ["nosuch", "--nosuch", "plan --jsn", "task nosuch", "task describe", "run -q a"]
+    "typed",
+    ["nosuch", "--nosuch", "plan --jsn", "task nosuch", "task describe", "run -q a", "privacy nosuch"],
 )
 def test_a_wrong_command_is_one_line_too(typed: str, light: Commands) -> None:
     ended = light(*typed.split())
@@ -225,7 +226,7 @@ def test_a_wrong_command_is_one_line_too(typed: str, light: Commands) -> None:
 
 
 def test_no_command_shows_the_help(light: Commands) -> None:
-    for typed in ([], ["task"]):
+    for typed in ([], ["task"], ["privacy"]):
         ended = light(*typed)
         assert ended.code == 2
         assert "Usage: fedmed" in ended.err + ended.out
@@ -285,7 +286,7 @@ def test_help_comes_at_once_and_imports_nothing_heavy() -> None:
     figure("seconds of --help, median of 5", f"{statistics.median(seconds):.2f}")
 
 
-@pytest.mark.parametrize("command", ["", "run", "plan", "task", "task describe"])
+@pytest.mark.parametrize("command", ["", "run", "plan", "task", "task describe", "privacy", "privacy audit"])
 def test_every_help_has_examples(command: str, light: Commands) -> None:
     ended = light(*command.split(), "--help")
     assert (ended.code, ended.err) == (0, "")

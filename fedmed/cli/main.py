@@ -17,6 +17,7 @@ Examples:
   fedmed run experiment=demo
   fedmed plan privacy.epsilon=1
   fedmed task describe patients.csv --site-column hospital --label outcome
+  fedmed privacy audit
 """
 
 LONGEST = 1000
@@ -26,9 +27,11 @@ def build_app() -> typer.Typer:
     """The whole command, with what the coordinator's and the sites' side add by entry points."""
     # Typer's own tracebacks print local variables, which may hold data.
     app = typer.Typer(help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+    from fedmed.cli.privacy import app as privacy
     from fedmed.cli.task import app as task
 
     app.add_typer(task, name="task")
+    app.add_typer(privacy, name="privacy")
     for entry in sorted(entry_points(group="fedmed.commands"), key=lambda entry: entry.name):
         entry.load()(app)
     return app
