@@ -201,6 +201,8 @@ def _move_in(draft: Path, path: Path, made: list[Path]) -> None:
         # Unlike a rename, a link never replaces what another process has made meanwhile.
         os.link(draft / name, path / name)
         made.append(path / name)
+    # Here and not when all is done: what interrupts it still undoes the rest.
+    shutil.rmtree(draft)
     _sync(path)
 
 

@@ -234,7 +234,7 @@ class Policy(_Section):
         task, model, adapter = instruction.task, instruction.model, instruction.adapter.kind
         # Apart from the digests: a title that looks like one of them is no digest.
         titles = {entry for entry in self.tasks if not entry.startswith(DIGEST)}
-        digest = DIGEST + task_digest(task)
+        digest = task_digest(task)
         ok = ANY in titles or task.title in titles or digest in self.tasks
         yield Rule.TASK, ok, f"{shown(task.title)} ({digest})", listed
         yield Rule.MODEL, self._lists(model), _in_words(model), listed

@@ -41,7 +41,7 @@ def read_policy(path: Path) -> Policy:
         PolicyError: the file cannot be read, is no YAML, or holds an unknown key or a value that may not stand there.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        values = _text_keys(yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader))
     except OSError as error:
         raise PolicyError([f"{path}: cannot be read ({error.strerror})"]) from None
     except UnicodeDecodeError:
@@ -55,7 +55,7 @@ def read_policy(path: Path) -> Policy:
     if not isinstance(values, dict):
         raise PolicyError([f"{path}: expected keys with values, one a line, e.g. name: A"])
     try:
-        return Policy.model_validate(_text_keys(values))
+        return Policy.model_validate(values)
     except ValidationError as error:
         lines = [line for item in error.errors() for line in _lines(dict(item))]
     raise PolicyError([f"{path}: {line}" for line in lines]) from None
@@ -102,7 +102,7 @@ def _comment(text: str, indent: str = "") -> str:
 
 def plain(value: Any) -> str:
     """A value as it stands in site.yaml, on one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10_000, allow_unicode=True)
     return str(text).removesuffix("...\n").strip()
 
 
@@ -111,21 +111,27 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
-        for key, _ in node.value:
-            if key.value in seen and isinstance(key.value, str):
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
                 # PyYAML would take the last one without a word.
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key '{key.value}' stands twice", key.start_mark
                 )
-            if isinstance(key.value, str):
-                seen.add(key.value)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1 wants a dot in the mantissa, and would take 1e-5 for text.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes what the loader would not read as text."""
+
+
+for _side in (_Loader, _Dumper):
+    # YAML 1.1 wants a dot in the mantissa, and would take 1e-5 for text.
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
 
 
 def _text_keys(values: Any) -> Any:
