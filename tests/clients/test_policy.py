@@ -1,35 +1,23 @@
-"""What a site refuses, in which order, and how little it says; and site.yaml, read strictly."""
+"""What a site refuses, in which order, and how little it says."""
 
 import dataclasses
-import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from functools import lru_cache
-from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
-import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-import clients.cli
-import fedmed.cli.main
 from clients.asked import model_name, not_private, shown, task_digest
-from clients.folder import SiteFolder
-from clients.policy import MetricsPolicy, Policy
-from clients.policy_file import PolicyError, option_values, read_policy, render
+from clients.policy import Policy
 from clients.refusal import Refusal, Rule
 from fedmed.compose import compose
 from fedmed.privacy.plan import make_plan
 from fedmed.records import Instruction, instruction_record, read_instruction
 from tests.conftest import sha256
 
-ROOT = Path(__file__).parent.parent.parent
 SITE = "a"
 TITLE = "Sepsis"
 BASE = (
@@ -280,224 +268,3 @@ def test_who_must_approve() -> None:
 def test_a_policy_cannot_be_changed() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         policy().max_steps = 10**9  # type: ignore[misc]
-
-
-# site.yaml
-
-
-def fields(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        assert field.description, name
-        if isinstance(field.default, BaseModel):
-            yield from fields(type(field.default), f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
-
-
-def test_the_file_that_init_writes_holds_every_option_with_a_comment_and_gives_the_defaults(
-    tmp_path: Path,
-) -> None:
-    folder = SiteFolder.init(tmp_path / "site", name="St. Mary's: 1")
-    text = (folder.path / "site.yaml").read_text()
-    assert read_policy(folder.path / "site.yaml") == Policy(name="St. Mary's: 1")
-    written = yaml.safe_load(text)
-    keys = list(fields(Policy))
-    assert len(keys) >= 20
-    assert {"metrics.held_out", "epsilon_total", "tasks"} <= set(keys)
-    for key in keys:
-        value: Any = written
-        for part in key.split("."):
-            value = value[part]
-        line = next(
-            n for n, line in enumerate(text.splitlines()) if line.strip().startswith(f"{key.split('.')[-1]}:")
-        )
-        assert text.splitlines()[line - 1].strip().startswith("# "), key
-    defaults = Policy(name="x")
-    for name in Policy.model_fields:
-        if name != "name":
-            assert getattr(defaults, name) == Policy.model_fields[name].default
-    assert [key for key, (_, default) in option_values(defaults).items() if not default] == ["name"]
-    assert max(map(len, text.splitlines())) <= 100
-
-
-def test_the_defaults_are_the_safe_ones() -> None:
-    defaults = Policy(name="x")
-    assert (defaults.tasks, defaults.models) == ((), ())
-    assert (defaults.needs_approval, defaults.non_private) == (True, False)
-    assert (defaults.metrics.held_out, defaults.metrics.training) == ("private", "none")
-    assert (defaults.epsilon_per_run, defaults.delta_per_run) == (3.0, 1e-5)
-    assert refusal(defaults, asked()).rule is Rule.TASK
-
-
-def test_any_policy_survives_its_file(tmp_path: Path) -> None:
-    whole = policy(name="yes", metrics={"held_out": "exact"}, tasks=("null", "1e-5", "# x", "ü: [", "sha"))
-    (tmp_path / "site.yaml").write_text(render(whole), encoding="utf-8")
-    assert read_policy(tmp_path / "site.yaml") == whole
-
-
-WRONG = {
-    "max_step: 5": "max_step=5: unknown key; did you mean 'max_steps'?",
-    "Tasks: []": "Tasks=[]: unknown key; did you mean 'tasks'?",
-    "7: x": "7=x: unknown key; see: ",
-    "metrics: {heldout: exact}": "metrics.heldout=exact: unknown key; did you mean 'metrics.held_out'?",
-    "held_out: exact": "held_out=exact: unknown key; did you mean 'metrics.held_out'?",
-    "metrics: {held_out: noisy}": "metrics.held_out=noisy: expected none, private or exact",
-    "metrics: exact": "metrics=exact: expected the keys held_out and training",
-    "max_steps: many": "max_steps=many: expected a whole number >= 1",
-    "max_steps: 1.5": "max_steps=1.5: expected a whole number >= 1",
-    "max_steps: '5'": "max_steps=5: expected a whole number >= 1",
-    "max_steps: true": "max_steps=true: expected a whole number >= 1",
-    "max_steps: 0": "max_steps=0: expected a whole number >= 1",
-    "max_steps:": "max_steps=null: expected a whole number >= 1",
-    "min_noise_multiplier: 0": "min_noise_multiplier=0: expected a number > 0",
-    "max_grad_norm: .inf": "max_grad_norm=Infinity: expected a number > 0",
-    "epsilon_total: .nan": "epsilon_total=NaN: expected a number > 0",
-    "max_sample_rate: 1.1": "max_sample_rate=1.1: expected a number > 0, at most 1",
-    "delta_total: 1": "delta_total=1: expected a number > 0, below 1",
-    "needs_approval: 1": "needs_approval=1: expected true or false",
-    "non_private: 'yes'": "non_private=yes: expected true or false",
-    "tasks: Sepsis": "tasks=Sepsis: expected a list of titles and digests",
-    "tasks: [2026]": "tasks.0=2026: expected a list of titles and digests",
-    "tasks: ['']": 'tasks.0="": expected a list of titles and digests',
-    "tasks: [sha256:12]": "tasks=sha256:12: expected sha256: and 64 lower-case hex digits",
-    "tasks: ['*']\nneeds_approval: false": 'needs_approval=false: expected true with tasks=["*"]',
-    "adapters: [lra]": "adapters.0=lra: expected a list of head, lora, ffa_lora and full",
-    "models: [x]": "models.0=x: expected a list of {id: …, sha256: …}",
-    "models: [{id: x}]": "models.0.sha256: missing; expected 64 hex digits",
-    "models: [{id: x, sha256: 12}]": "models.0.sha256=12: expected 64 hex digits; put it in quotes",
-    "cohort: a b": "cohort=a b: expected 1 to 64 letters",
-    "cohort: 2026": "put it in quotes",
-    "epsilon_per_run: 9": "epsilon_per_run=9.0: expected at most epsilon_total=8.0",
-    "delta_per_run: 1e-4": "delta_per_run=0.0001: expected at most delta_total=1e-05",
-    "max_steps: 5\nmax_steps: 6": "line 3: not YAML (the key 'max_steps' stands twice)",
-    "tasks: [": "not YAML (",
-    "a: &a [*a, *a]": "nested too deeply",
-    "? [1, 2]\n: 3": "not YAML (",
-    "x: !!python/object/apply:os.system [ls]": "not YAML (",
-    "x: \x01": "not YAML (",
-}
-
-
-@pytest.mark.parametrize("text", WRONG)
-def test_a_mistake_is_one_line_with_file_key_value_and_expectation(text: str, tmp_path: Path) -> None:
-    path = tmp_path / "site.yaml"
-    path.write_text(f"name: A\n{text}\n")
-    with pytest.raises(PolicyError) as wrong:
-        read_policy(path)
-    assert len(wrong.value.lines) == 1
-    assert wrong.value.lines[0].startswith(f"{path}: ")
-    assert WRONG[text] in wrong.value.lines[0]
-    assert "\n" not in wrong.value.lines[0]
-    assert "pydantic" not in str(wrong.value)
-    assert wrong.value.exit_code == 2
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [(b"", "expected keys"), (b"- a", "expected keys"), (b"\xff\xfe\x00", "UTF-8"),
-     (b"cohort: x", "name: missing; expected text"), (b"a: " + b"[" * 5000, "nested too deeply|not YAML")],
-)  # fmt: skip
-def test_a_file_that_is_no_policy_is_one_line(content: bytes, expected: str, tmp_path: Path) -> None:
-    path = tmp_path / "site.yaml"
-    path.write_bytes(content)
-    with pytest.raises(PolicyError, match=expected) as wrong:
-        read_policy(path)
-    assert len(wrong.value.lines) == 1
-
-
-def test_scientific_numbers_are_numbers(tmp_path: Path) -> None:
-    """PyYAML takes 1e-6 for text."""
-    path = tmp_path / "site.yaml"
-    path.write_text("name: A\ndelta_per_run: 1e-6\nepsilon_total: 1E+2\nepsilon_per_run: 2\n")
-    read = read_policy(path)
-    assert (read.delta_per_run, read.epsilon_total, read.epsilon_per_run) == (1e-6, 100.0, 2.0)
-    assert read.metrics == MetricsPolicy()
-
-
-# The commands
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """`fedmed`, with the commands of this checkout, whichever is installed."""
-    entry = EntryPoint("site", "clients.cli:add_commands", "fedmed.commands")
-    monkeypatch.setattr(fedmed.cli.main, "entry_points", lambda group: [entry] if group else [])
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fedmed", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            fedmed.cli.main.main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return run
-
-
-def test_the_commands_are_registered() -> None:
-    import tomllib
-
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["entry-points"]["fedmed.commands"]["site"] == "clients.cli:add_commands"
-    assert isinstance(clients.cli.app, typer.Typer)
-
-
-def test_init_and_policy(command: Any, tmp_path: Path) -> None:
-    folder = tmp_path / "site"
-    code, out, err = command("site", "init", folder, "--name", "mercy")
-    assert (code, out) == (0, f"site 'mercy': {folder}\n")
-    assert err == f"next: list in {folder / 'site.yaml'} the tasks and models that runs may use\n"
-    text = (folder / "site.yaml").read_text()
-    (folder / "site.yaml").write_text(text.replace("max_steps: 10000", "max_steps: 500"))
-    code, out, err = command("site", "policy", folder)
-    assert (code, err) == (0, "")
-    marks = {line.split(":")[0]: line.rpartition("# ")[2] for line in out.splitlines()}
-    assert {key for key, mark in marks.items() if mark == "set"} == {"name", "max_steps"}
-    assert list(marks) == list(fields(Policy))
-    # What is printed is a policy again.
-    assert yaml.safe_load(out)["max_steps"] == 500
-    code, out, _ = command("site", "policy", folder, "--json")
-    values = json.loads(out)
-    assert values["max_steps"] == {"value": 500, "default": False}
-    assert values["delta_per_run"] == {"value": 1e-5, "default": True}
-    code, out, err = command("site", "init", folder, "--name", "mercy")
-    assert (code, out, err.count("\n")) == (2, "", 1)
-
-
-def test_each_mistake_is_a_line_of_its_own(command: Any, tmp_path: Path) -> None:
-    folder = SiteFolder.init(tmp_path / "site", name="A").path
-    (folder / "site.yaml").write_text("name: A\nmax_step: 5\nmax_grad_norm: wide\ntask: ['a\\nb']\n")
-    code, out, err = command("site", "policy", folder)
-    assert (code, out) == (2, "")
-    assert sorted(line.partition("site.yaml: ")[2].partition("=")[0] for line in err.splitlines()) == [
-        "max_grad_norm", "max_step", "task",
-    ]  # fmt: skip
-    assert all(line.startswith("error: ") for line in err.splitlines())
-
-
-@pytest.mark.parametrize("words", [["site"], ["site", "init"], ["site", "policy"]])
-def test_help_has_examples_and_imports_nothing_heavy(words: list[str]) -> None:
-    probe = (
-        "import sys, typer, clients.cli; root = typer.Typer(); root.callback()(lambda: None); "
-        "clients.cli.add_commands(root); root(sys.argv[1:], standalone_mode=False); "
-        "print(sorted({'torch', 'mlflow', 'pydantic', 'cryptography', 'numpy', 'yaml', 'flwr'} & set(sys.modules)))"
-    )
-    ended = subprocess.run(
-        [sys.executable, "-c", probe, *words, "--help"], capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.endswith("[]\n")
-    assert re.search(rf"^ +fedmed {' '.join(words)}", ended.stdout.split("Examples:")[1], re.MULTILINE)
-
-
-def test_reading_a_policy_loads_no_torch(tmp_path: Path) -> None:
-    folder = SiteFolder.init(tmp_path / "site", name="A").path
-    probe = (
-        "import sys, pathlib, clients.folder; clients.folder.SiteFolder.open(pathlib.Path(sys.argv[1])); "
-        "print(sorted({'torch', 'flwr', 'pandas'} & set(sys.modules)))"
-    )
-    ended = subprocess.run(
-        [sys.executable, "-c", probe, str(folder)], capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert (ended.returncode, ended.stdout) == (0, "[]\n"), ended.stderr
