@@ -18,10 +18,11 @@ from clients.policy import Policy
 from clients.policy_file import read_policy, render
 from fedmed.data.split import KEY_BYTES
 from fedmed.errors import FedmedError
+from fedmed.privacy.ledger import new_ledger
 
-POLICY, KEY, IDENTITY = "site.yaml", "key", "identity.pem"
+POLICY, KEY, IDENTITY, LEDGER = "site.yaml", "key", "identity.pem", "ledger.db"
 # The policy comes last: a folder with a site.yaml is whole.
-FILES = (KEY, IDENTITY, POLICY)
+FILES = (KEY, IDENTITY, LEDGER, POLICY)
 
 
 class SiteError(FedmedError):
@@ -59,6 +60,10 @@ class SiteFolder:
             IDENTITY: _new_identity(),
             POLICY: render(policy).encode(),
         }
+        identity = serialization.load_pem_private_key(contents[IDENTITY], password=None)
+        assert isinstance(identity, ec.EllipticCurvePrivateKey)
+        new = cls(path=path, policy=policy, split_key=contents[KEY], _identity=identity)
+        contents[LEDGER] = new_ledger(new, site=name)
         try:
             _make(path, contents)
         except OSError as error:

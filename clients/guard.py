@@ -16,7 +16,7 @@ from flwr.app import RecordDict
 
 from clients import site as local_site
 from clients.asked import model_name, not_private
-from clients.folder import SiteFolder
+from clients.folder import LEDGER, SiteFolder
 from clients.refusal import Refusal, Rule
 from fedmed.errors import FedmedError, ModelError
 from fedmed.privacy.account import BudgetError
@@ -28,8 +28,6 @@ from fedmed.records import Arrays, Instruction, Quote, Receipt, digest
 from fedmed.schema import to_dict
 
 log = logging.getLogger("fedmed.site")
-
-LEDGER = "ledger.db"
 
 
 class Desk(Protocol):

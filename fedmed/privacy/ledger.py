@@ -14,6 +14,7 @@ import json
 import os
 import secrets
 import sqlite3
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -142,7 +143,7 @@ class Ledger:
         return ledger
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; the last process to do so leaves everything in it."""
         self._connection.close()
 
     # What the officer decides.
@@ -251,7 +252,7 @@ class Ledger:
             )
             self._append({"kind": "charge", "state": "committed", "of": attempt.nonce, "released": released})
 
-    def end(self, run: str) -> int:
+    def end(self, run: str, *, by: str = "coordinator", why: str = "the run is over") -> int:
         """Give back the rounds that a run never touched; how many.
 
         Its stored answers go as well: nobody repeats a request of a run that has ended.
@@ -262,7 +263,7 @@ class Ledger:
                 left += hold.left
                 self._append(
                     {"kind": "charge", "state": "returned", "cohort": hold.cohort, "run": run,
-                     "purpose": hold.purpose, "rounds": hold.left}
+                     "purpose": hold.purpose, "rounds": hold.left, "by": by, "why": why}
                 )  # fmt: skip
             committed = [a.nonce for a in self.account.attempts.values() if a.run == run]
             self._connection.executemany("DELETE FROM replies WHERE attempt = ?", [(n,) for n in committed])
@@ -379,6 +380,14 @@ class Ledger:
             )
         if self._connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
             raise sqlite3.DatabaseError("damaged")
+
+
+def new_ledger(signer: Signer, *, site: str) -> bytes:
+    """The file of a new ledger."""
+    with tempfile.TemporaryDirectory(prefix="fedmed-") as folder:
+        path = Path(folder) / "ledger.db"
+        Ledger.create(path, signer, site=site).close()
+        return path.read_bytes()
 
 
 def canonical(values: dict[str, Any]) -> str:
