@@ -10,6 +10,7 @@ from fedmed.records import (
     Instruction,
     Quote,
     Receipt,
+    private_scores_record,
     quote_record,
     read_instruction,
     scores_record,
@@ -49,9 +50,12 @@ def train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Exact score counts on held-out patients, marked as such."""
+    """Scores of held-out patients, marked as what they are: a private histogram, or exact counts."""
     instruction, arrays = read_instruction(message.content)
     site = _site(instruction, context)
+    if instruction.privacy.metrics == "private":
+        plan, histogram = local_site.private_score(instruction, site, arrays)
+        return _reply(private_scores_record(site, plan, histogram), message)
     return _reply(scores_record(site, local_site.score(instruction, site, arrays)), message)
 
 
