@@ -130,10 +130,10 @@ class PrivacyConfig:
     # exact: after each round, outside the guarantee. private: one noisy histogram of the released adapter's scores at
     # each site, charged on top of the training. none: nothing is evaluated.
     metrics: str = "exact"
-    # With `private`: epsilon of the histogram at the plan's delta, and its bins, whose edges are evenly spaced.
+    # With `private`: epsilon of the histogram at the plan's delta, and the number of its bins.
     metrics_epsilon: float = 1.0
     metrics_bins: int = 10
-    # The assumed fraction of positive patients, for the expected error of the AUC: declared, never counted.
+    # The assumed fraction of positive patients, for the bins and the expected error: declared, never counted.
     metrics_prevalence: float = 0.5
 
     def __post_init__(self) -> None:
@@ -169,9 +169,7 @@ class PrivacyConfig:
         )
         epsilon, bins, prevalence = self.metrics_epsilon, self.metrics_bins, self.metrics_prevalence
         require(0.01 <= epsilon <= 100, "privacy.metrics_epsilon", epsilon, "0.01 to 100")
-        # Even, so that 0.5 is an edge.
-        even = 2 <= bins <= 20 and bins % 2 == 0
-        require(even, "privacy.metrics_bins", bins, "an even number from 2 to 20")
+        require(2 <= bins <= 20, "privacy.metrics_bins", bins, "2 to 20")
         require(0.01 <= prevalence <= 0.99, "privacy.metrics_prevalence", prevalence, "0.01 to 0.99")
 
 

@@ -1,8 +1,7 @@
 """Metrics of a binary score from noisy histograms: post-processing, which costs no further epsilon.
 
-A histogram is (2, bins): negative patients in row 0, positive ones in row 1, in bins of equal width over
-probability. Intervals and suppression read the noisy cells and the public noise, never a true count (privacy.md,
-rule 17).
+A histogram is (2, bins): negative patients in row 0, positive ones in row 1, in public bins of the score. Intervals
+and suppression read the noisy cells and the public noise, never a true count (privacy.md, rule 17).
 """
 
 from dataclasses import dataclass
@@ -16,6 +15,22 @@ from numpy.typing import NDArray
 SUPPRESSED_BELOW = 3.0
 Z_95 = 1.959964
 SPECIFICITY = 0.9
+
+
+def bin_edges(bins: int, prevalence: float = 0.5) -> NDArray[np.float64]:
+    """(bins + 1,) public edges in probability from 0 to 1, with 0.5 among them; evenly spaced at prevalence 0.5.
+
+    At another one they are shifted by its log-odds, as scores are that know it: of an outcome that one patient in
+    twenty has, most scores lie below 0.1. The edge nearest to 0.5 is then moved there.
+
+    >>> bin_edges(4).tolist()
+    [0.0, 0.25, 0.5, 0.75, 1.0]
+    """
+    inner = np.arange(1, bins) / bins
+    shifted = inner * prevalence / (inner * prevalence + (1 - inner) * (1 - prevalence))
+    edges = np.concatenate([[0.0], shifted, [1.0]])
+    edges[1 + int(np.argmin(np.abs(shifted - 0.5)))] = 0.5
+    return edges
 
 
 def consistent(counts: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -67,13 +82,18 @@ class NoisyHistogram:
         counts: (2, bins) float64; a cell may be negative. Figures come from `consistent` cells, which are made once,
             after the sites are added: sites' noise cancels, what clipping adds would not.
         noise: standard deviation of each cell's noise.
+        edges: (bins + 1,) public edges in probability.
     """
 
     counts: NDArray[np.float64]
     noise: float
+    edges: NDArray[np.float64]
 
     def __add__(self, other: "NoisyHistogram") -> "NoisyHistogram":
-        return NoisyHistogram(self.counts + other.counts, float(np.hypot(self.noise, other.noise)))
+        if not np.array_equal(self.edges, other.edges):
+            raise ValueError("histograms of different bins cannot be added")
+        noise = float(np.hypot(self.noise, other.noise))
+        return NoisyHistogram(self.counts + other.counts, noise, self.edges)
 
     @cached_property
     def _cells(self) -> NDArray[np.float64]:
@@ -83,11 +103,6 @@ class NoisyHistogram:
     def bins(self) -> int:
         """How many bins a class has."""
         return self.counts.shape[1]
-
-    @property
-    def edges(self) -> NDArray[np.float64]:
-        """(bins + 1,) the bins' public edges in probability."""
-        return np.linspace(0.0, 1.0, self.bins + 1)
 
     def count(self, label: int) -> Estimate | None:
         """How many patients have this label; None where that is within the noise."""
@@ -223,11 +238,9 @@ class NoisyHistogram:
         return rows
 
     def _cut(self, threshold: float) -> int:
-        cut = round(threshold * self.bins)
-        if not (0 <= cut <= self.bins and abs(cut / self.bins - threshold) < 1e-9):
-            raise ValueError(
-                f"threshold={threshold}: expected an edge of {self.bins} bins: {self.edges.tolist()}"
-            )
+        cut = int(np.argmin(np.abs(self.edges - threshold)))
+        if abs(self.edges[cut] - threshold) > 1e-9:
+            raise ValueError(f"threshold={threshold}: expected an edge of a bin: {self.edges.tolist()}")
         return cut
 
 

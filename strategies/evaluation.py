@@ -38,7 +38,11 @@ def evaluate_released(
         plans = metrics_plans(config.task, config.privacy)
         found = sites.evaluate_privately(instruction, released, plans)
         values = {
-            site: {"noise": histogram.noise, "counts": histogram.counts.tolist()}
+            site: {
+                "noise": histogram.noise,
+                "edges": histogram.edges.tolist(),
+                "counts": histogram.counts.tolist(),
+            }
             for site, histogram in found.items()
         }
         write_json(folder.path / HISTOGRAMS, values)
@@ -85,6 +89,6 @@ def _kept(folder: RunFolder) -> dict[str, NoisyHistogram]:
     path = folder.path / HISTOGRAMS
     values = json.loads(path.read_text()) if path.exists() else {}
     return {
-        site: NoisyHistogram(np.array(kept["counts"], dtype=np.float64), kept["noise"])
+        site: NoisyHistogram(np.array(kept["counts"]), kept["noise"], np.array(kept["edges"]))
         for site, kept in values.items()
     }

@@ -99,7 +99,7 @@ class Sites:
         found = {}
         for site, (_, plan, counts) in replies.items():
             if plan == plans[site]:
-                found[site] = NoisyHistogram(counts, plan.noise_multiplier)
+                found[site] = NoisyHistogram(counts, plan.noise_multiplier, plan.edges)
             else:
                 log.warning("%s drew its metrics by another plan than the run's; dropped", site)
         return found

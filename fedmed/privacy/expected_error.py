@@ -7,7 +7,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmed.private_metrics import auc_of, consistent
+from fedmed.private_metrics import auc_of, bin_edges, consistent
 
 # The assumed model of the scores: a calibrated one of this AUC.
 ASSUMED_AUC = 0.8
@@ -22,7 +22,7 @@ def assumed_cells(
     normal = NormalDist()
     distance = math.sqrt(2) * normal.inv_cdf(auc)
     odds = math.log(prevalence / (1 - prevalence))
-    inner = [math.log(edge / (1 - edge)) for edge in np.linspace(0, 1, bins + 1)[1:-1]]
+    inner = [math.log(edge / (1 - edge)) for edge in bin_edges(bins, prevalence)[1:-1]]
     rows = []
     for part, mean in ((1 - prevalence, odds - distance**2 / 2), (prevalence, odds + distance**2 / 2)):
         below = [0.0, *(normal.cdf((edge - mean) / distance) for edge in inner), 1.0]

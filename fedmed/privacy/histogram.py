@@ -15,6 +15,7 @@ from fedmed.privacy.accounting import calibrate_noise, epsilon_of
 from fedmed.privacy.expected_error import ASSUMED_AUC, expected_auc_error
 from fedmed.privacy.plan import PrivacyPlan, declared_delta
 from fedmed.privacy.randomness import RandomSource
+from fedmed.private_metrics import bin_edges
 from fedmed.task import TableTaskConfig
 
 MOST_BINS = 20
@@ -34,6 +35,8 @@ class HistogramPlan:
 
     unit: str
     bins: int
+    # Assumed, declared: where the bins are densest.
+    prevalence: float
     noise_multiplier: float
     delta: float
 
@@ -44,12 +47,13 @@ class HistogramPlan:
         require(self.bins >= 2, "histogram.bins", self.bins, ">= 2")
         few = self.bins <= MOST_BINS or noise == 0
         require(few, "histogram.bins", self.bins, f"at most {MOST_BINS} with noise: every cell has its own")
+        require(0 < self.prevalence < 1, "histogram.prevalence", self.prevalence, "between 0 and 1")
         require(0 < self.delta < 1, "histogram.delta", self.delta, "between 0 and 1")
 
     @property
     def edges(self) -> NDArray[np.float64]:
-        """(bins + 1,) public edges in probability, evenly spaced from 0 to 1; a score at an edge is above it."""
-        return np.linspace(0.0, 1.0, self.bins + 1)
+        """(bins + 1,) public edges in probability; a score at an edge is above it."""
+        return bin_edges(self.bins, self.prevalence)
 
     def event(self) -> dp_accounting.DpEvent:
         """What the release costs one unit: one Gaussian draw, however many cells there are."""
@@ -85,10 +89,11 @@ class HistogramPlan:
             records_of: for each patient, the indices of the patient's records.
         """
         counts = np.zeros((2, self.bins), dtype=np.int64)
+        edges = self.edges
         finite = np.where(np.isfinite(probabilities), probabilities, 0.5).astype(np.float64)
         for records in records_of:
             score = float(np.clip(finite[records].mean(), 0.0, 1.0))
-            cell = min(int(np.searchsorted(self.edges, score, side="right")) - 1, self.bins - 1)
+            cell = min(int(np.searchsorted(edges, score, side="right")) - 1, self.bins - 1)
             counts[int(labels[records].mean() >= 0.5), cell] += 1
         return counts
 
@@ -162,6 +167,7 @@ def _plans(task: TableTaskConfig, privacy: PrivacyConfig, epsilon: float) -> dic
         plan = HistogramPlan(
             unit=task.unit,
             bins=privacy.metrics_bins,
+            prevalence=privacy.metrics_prevalence,
             noise_multiplier=0.0,
             delta=declared_delta(task, privacy, site),
         )
@@ -174,7 +180,7 @@ def _held_out(task: TableTaskConfig) -> int:
 
 
 def _what_would_help(task: TableTaskConfig, privacy: PrivacyConfig) -> str:
-    general = "more sites, a larger task.test_fraction or fewer privacy.metrics_bins would help"
+    general = "more sites, a larger task.test_fraction or another privacy.metrics_bins may help"
     for epsilon in (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0):
         if epsilon > privacy.metrics_epsilon:
             error = expected_error(task, privacy, _plans(task, privacy, epsilon).values())

@@ -53,6 +53,7 @@ def private_run() -> tuple[dict[str, Any], list[dict[str, Any]]]:
             "assumption": "a patient's records are at one site",
         },
         "in_words": "Someone half sure that a patient took part can become at most 90% sure (up to delta).",
+        "metrics": {"release": "exact"},
         "outside": ["hyperparameters were tuned outside epsilon", "pretraining data is outside epsilon"],
     }
     summary = {
