@@ -111,6 +111,11 @@ class RunFolder:
         """How many times a round has been sent to the sites, finished or not."""
         return self._events("round-sent")
 
+    def unique_name(self) -> str:
+        """The run as sites know it: two folders may have one name, but no two first rounds were sent at one time."""
+        first = self._whole_lines().partition(b"\n")[0]
+        return f"{self.path.name}-{json.loads(first)['time'] if first else 'new'}"
+
     def metrics_asked(self) -> bool:
         """Whether the sites have been asked for private metrics: these are then spent, whatever came back."""
         return self._events("metrics-sent") > 0

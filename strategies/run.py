@@ -77,7 +77,7 @@ def run(config: RunConfig, grid: Grid) -> Path:
             trained = time.monotonic()
             loop = Loop(config, sites, plans, folder.path.name)
             released = loop.released(progress)
-            final = Instruction.of(config, plans, run_id=folder.path.name, round=progress.round)
+            final = Instruction.of(config, plans, run_id=folder.unique_name(), round=progress.round)
             test = evaluate_released(config, sites, folder, final, released)
             tracker.log(final_figures(config, plans, test), progress.round)
             references = _references(config, sites, plans, model, console) if config.reference else None

@@ -121,20 +121,14 @@ def metrics_plans(task: TableTaskConfig, privacy: PrivacyConfig) -> dict[str, Hi
             f"privacy.metrics=private: expected error of the AUC {error:.3f} at privacy.metrics_epsilon="
             f"{privacy.metrics_epsilon:g}, {privacy.metrics_bins} bins, {_held_out(task)} declared held-out "
             f"{task.unit}s at {len(plans)} site(s), prevalence {privacy.metrics_prevalence:g}; above "
-            f"{LARGEST_AUC_ERROR} it is refused; {_what_would_help(task, privacy)}"
+            f"{LARGEST_AUC_ERROR} it is refused; {_what_would_help(task, privacy, plans.values())}"
         )
     return plans
 
 
 def expected_error(task: TableTaskConfig, privacy: PrivacyConfig, plans: Iterable[HistogramPlan]) -> float:
     """`expected_auc_error` of these plans together, at the declared sizes and prevalence."""
-    return expected_auc_error(
-        held_out=_held_out(task),
-        bins=privacy.metrics_bins,
-        noise=math.hypot(*(plan.noise_multiplier for plan in plans)),
-        prevalence=privacy.metrics_prevalence,
-        auc=ASSUMED_AUC,
-    )
+    return _error(task, privacy, noise=math.hypot(*(plan.noise_multiplier for plan in plans)))
 
 
 def site_events(plan: PrivacyPlan, histogram: HistogramPlan | None) -> list[dp_accounting.DpEvent]:
@@ -179,10 +173,23 @@ def _held_out(task: TableTaskConfig) -> int:
     return sum(task.declared_held_out(site) for site in task.declared_sizes)
 
 
-def _what_would_help(task: TableTaskConfig, privacy: PrivacyConfig) -> str:
+def _error(task: TableTaskConfig, privacy: PrivacyConfig, *, noise: float) -> float:
+    return expected_auc_error(
+        held_out=_held_out(task),
+        bins=privacy.metrics_bins,
+        noise=noise,
+        prevalence=privacy.metrics_prevalence,
+        auc=ASSUMED_AUC,
+    )
+
+
+def _what_would_help(task: TableTaskConfig, privacy: PrivacyConfig, plans: Iterable[HistogramPlan]) -> str:
     general = "more sites, a larger task.test_fraction or another privacy.metrics_bins may help"
+    noise = math.hypot(*(plan.noise_multiplier for plan in plans))
     for epsilon in (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0):
-        if epsilon > privacy.metrics_epsilon:
+        # Noise falls more slowly than epsilon grows: where even this much less is too much, nothing is calibrated.
+        hopeless = _error(task, privacy, noise=noise * privacy.metrics_epsilon / epsilon) > LARGEST_AUC_ERROR
+        if epsilon > privacy.metrics_epsilon and not hopeless:
             error = expected_error(task, privacy, _plans(task, privacy, epsilon).values())
             if error <= LARGEST_AUC_ERROR:
                 return f"privacy.metrics_epsilon={epsilon:g} would give {error:.3f}; {general}"
