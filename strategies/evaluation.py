@@ -30,7 +30,7 @@ def evaluate_released(
     asked again, whether or not the answer was kept (privacy.md, rule 17).
     """
     if config.privacy.metrics == "none":
-        return no_result()
+        return no_result(config)
     if config.privacy.metrics == "exact":
         return exact_result(sites.evaluate(instruction, released, config.task.declared_sizes))
     if not folder.metrics_asked():
@@ -49,9 +49,14 @@ def evaluate_released(
     return private_result(config, _kept(folder))
 
 
-def no_result() -> dict[str, Any]:
+def no_result(config: RunConfig) -> dict[str, Any]:
     """The result of a run that evaluates nothing."""
-    return {"release": "none", "covered_by_epsilon": False, "auc": None, "accuracy": None, "sites": {}}
+    nothing = {"release": "none", "auc": None, "accuracy": None}
+    return {
+        "covered_by_epsilon": False,
+        **nothing,
+        "sites": {site: dict(nothing) for site in config.task.declared_sizes},
+    }
 
 
 def private_result(config: RunConfig, found: Mapping[str, NoisyHistogram]) -> dict[str, Any]:
