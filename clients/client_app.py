@@ -35,9 +35,10 @@ def train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Exact score counts on held-out patients, marked as such."""
+    """Scores of held-out patients, marked as what they are: a private histogram, or exact counts."""
     instruction, arrays = read_instruction(message.content)
-    return _reply(_desk(context).evaluate(instruction, _site(instruction, context), arrays), message)
+    site = _site(instruction, context)
+    return _reply(_desk(context).evaluate(instruction, site, arrays, message.content), message)
 
 
 def _desk(context: Context) -> Desk:

@@ -63,8 +63,8 @@ class SiteFolder:
         identity = serialization.load_pem_private_key(contents[IDENTITY], password=None)
         assert isinstance(identity, ec.EllipticCurvePrivateKey)
         new = cls(path=path, policy=policy, split_key=contents[KEY], _identity=identity)
-        contents[LEDGER] = new_ledger(new, site=name)
         try:
+            contents[LEDGER] = new_ledger(new, site=name)
             _make(path, contents)
         except OSError as error:
             raise SiteError(f"{path}: a site cannot be made there ({error.strerror})") from None

@@ -7,6 +7,7 @@ nothing is remembered, and nothing leaves the machine.
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from clients.refusal import Refusal, Rule
 from fedmed.errors import FedmedError, ModelError
 from fedmed.privacy.account import BudgetError
 from fedmed.privacy.events import to_json
+from fedmed.privacy.histogram import metrics_plans
 from fedmed.privacy.ledger import Ledger, LedgerError, Stored, canonical
 from fedmed.privacy.plan import PrivacyPlan
 from fedmed.privacy.release import Approved, Code, Ended, Gate, Privatised, Repeated
@@ -41,8 +43,10 @@ class Desk(Protocol):
         """One round."""
         ...
 
-    def evaluate(self, instruction: Instruction, site: str, arrays: Arrays) -> RecordDict:
-        """Exact scores on held-out patients."""
+    def evaluate(
+        self, instruction: Instruction, site: str, arrays: Arrays, content: RecordDict
+    ) -> RecordDict:
+        """Scores of held-out patients: a private histogram, once a run, or exact counts."""
         ...
 
     def end(self, run: str) -> RecordDict:
@@ -72,10 +76,14 @@ class NoGuard:
             Approved(site=site, run=instruction.run_id, value=value, approval=self.approval)
         )
 
-    def evaluate(self, instruction: Instruction, site: str, arrays: Arrays) -> RecordDict:
-        counts = local_site.score(instruction, site, arrays)
+    def evaluate(
+        self, instruction: Instruction, site: str, arrays: Arrays, content: RecordDict
+    ) -> RecordDict:
+        del content
+        score = local_site.private_score if instruction.privacy.metrics == "private" else local_site.score
+        value = score(instruction, site, arrays)
         return self.gate.release(
-            Approved(site=site, run=instruction.run_id, value=counts, approval=self.approval)
+            Approved(site=site, run=instruction.run_id, value=value, approval=self.approval)
         )
 
     def end(self, run: str) -> RecordDict:
@@ -123,9 +131,13 @@ class Guard:
     def train(self, instruction: Instruction, site: str, arrays: Arrays, content: RecordDict) -> RecordDict:
         self._check(instruction, site)
         approval = self._approved(instruction, site)
-        if not_private(instruction) is not None:
+
+        def work() -> tuple[Receipt, Arrays]:
             update = local_site.work(instruction, site, arrays, split_key=self.folder.split_key)
-            value = _receipt(instruction, site, update.noise_draws), update.delta
+            return _receipt(instruction, site, update.noise_draws), update.delta
+
+        if not_private(instruction) is not None:
+            value = work()
             return self.gate.release(
                 Approved(site=site, run=instruction.run_id, value=value, approval=approval)
             )
@@ -133,8 +145,39 @@ class Guard:
             instruction
         ):
             raise BudgetError(f"run '{instruction.run_id}': the round is not of the plan that was promised")
+        return self._charged(instruction, site, "train", content, work)
+
+    def evaluate(
+        self, instruction: Instruction, site: str, arrays: Arrays, content: RecordDict
+    ) -> RecordDict:
+        self._check(instruction, site)
+        approval = self._approved(instruction, site)
+        if instruction.privacy.metrics == "private":
+            return self._charged(
+                instruction,
+                site,
+                "metrics",
+                content,
+                lambda: local_site.private_score(instruction, site, arrays, split_key=self.folder.split_key),
+            )
+        counts = local_site.score(instruction, site, arrays, split_key=self.folder.split_key)
+        return self.gate.release(Approved(site=site, run=instruction.run_id, value=counts, approval=approval))
+
+    def end(self, run: str) -> RecordDict:
+        self.ledger.end(run)
+        return self.gate.release(Ended(run))
+
+    def _charged(
+        self,
+        instruction: Instruction,
+        site: str,
+        purpose: str,
+        content: RecordDict,
+        mechanism: Callable[[], Any],
+    ) -> RecordDict:
+        """Reserve, open data, run a mechanism, commit; or the stored answer to the same request."""
         attempt = self.ledger.reserve(
-            instruction.run_id, purpose="train", round=instruction.round, request=digest(content)
+            instruction.run_id, purpose=purpose, round=instruction.round, request=digest(content)
         )
         if isinstance(attempt, Stored):
             return self.gate.release(Repeated(attempt.content))
@@ -145,19 +188,7 @@ class Guard:
             if attempt.state == "reserved":
                 self.ledger.refund(attempt.nonce, by="site", why="it failed before data was opened")
             raise
-        update = local_site.work(instruction, site, arrays, split_key=self.folder.split_key)
-        receipt = _receipt(instruction, site, update.noise_draws)
-        return self.gate.release(Privatised(receipt=receipt, delta=update.delta, attempt=attempt))
-
-    def evaluate(self, instruction: Instruction, site: str, arrays: Arrays) -> RecordDict:
-        self._check(instruction, site)
-        approval = self._approved(instruction, site)
-        counts = local_site.score(instruction, site, arrays, split_key=self.folder.split_key)
-        return self.gate.release(Approved(site=site, run=instruction.run_id, value=counts, approval=approval))
-
-    def end(self, run: str) -> RecordDict:
-        self.ledger.end(run)
-        return self.gate.release(Ended(run))
+        return self.gate.release(Privatised(site=site, value=mechanism(), attempt=attempt))
 
     def _check(self, instruction: Instruction, site: str) -> None:
         """Return if the policy allows the run.
@@ -210,6 +241,7 @@ class Guard:
         """
         plan = local_site.own_plan(instruction, site)
         policy, event = self.folder.policy, _event(plan)
+        histogram = metrics_plans(instruction.task, instruction.privacy).get(site)
         cohort = self.ledger.account.cohort(policy.cohort)
         budget = cohort.budget
         if budget is None or budget.epsilon > policy.epsilon_total or budget.delta > policy.delta_total:
@@ -227,6 +259,22 @@ class Guard:
             held = self.ledger.account.holds.get((instruction.run_id, "train"))
             fits = budget.rounds_that_fit(cohort.charges, event) + (held.rounds if held else 0)
             raise Refusal(Rule.BUDGET, asked=f"{plan.rounds} rounds", allowed=f"at most {fits}") from None
+        if histogram is None:
+            return
+        try:
+            self.ledger.hold(
+                instruction.run_id,
+                cohort=cohort.name,
+                purpose="metrics",
+                event=to_json(histogram.event()),
+                rounds=1,
+            )
+        except BudgetError as error:
+            log.warning("refused: %s", error)
+            self.ledger.end(instruction.run_id, by="site", why="its metrics do not fit")
+            raise Refusal(
+                Rule.BUDGET, asked=f"{plan.rounds} rounds and metrics", allowed="no metrics"
+            ) from None
 
     def _promised(self, instruction: Instruction) -> str | None:
         self.ledger.refresh()
@@ -251,7 +299,7 @@ def open_guard(path: str) -> Guard:
 
 
 def _release(instruction: Instruction) -> Any:
-    return getattr(instruction.privacy, "metrics", "exact")
+    return instruction.privacy.metrics
 
 
 def _event(plan: PrivacyPlan) -> str:

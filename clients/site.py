@@ -1,8 +1,12 @@
 """A site in a long-lived process: its data, prepared once, and one round of work at a time."""
 
+import hashlib
 import json
 import zlib
 from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fedmed.config import parse
 from fedmed.data.table import read_site, version_of
@@ -11,11 +15,12 @@ from fedmed.metrics import ScoreCounts
 from fedmed.models.build import build
 from fedmed.models.classifier import Batch, Classifier
 from fedmed.models.loading import check_digest, locate
+from fedmed.privacy.histogram import HistogramPlan, metrics_plans, site_epsilon
 from fedmed.privacy.plan import PrivacyPlan, declared_delta
 from fedmed.privacy.randomness import RandomSource, operating_system, seeded
 from fedmed.records import Arrays, Instruction, Quote
 from fedmed.schema import to_dict
-from fedmed.training import LocalData, LocalUpdate, local_parts, logits, one_thread, train
+from fedmed.training import LocalData, LocalUpdate, local_parts, logits, one_thread, patient_logits, train
 
 
 def quote(instruction: Instruction, site: str) -> Quote:
@@ -28,7 +33,9 @@ def quote(instruction: Instruction, site: str) -> Quote:
     if instruction.model.kind == "text":
         _check_model(json.dumps(to_dict(instruction.model)))
     private = not (instruction.privacy.seeded or instruction.task.declare == "from_data")
-    epsilon = _epsilon(plan) if private and plan.noise_multiplier > 0 else None
+    # Refuses what is not worth its epsilon.
+    histogram = metrics_plans(instruction.task, instruction.privacy).get(site)
+    epsilon = site_epsilon(plan, histogram) if private and plan.noise_multiplier > 0 else None
     return Quote(site=site, declared_size=plan.declared_size, epsilon=epsilon)
 
 
@@ -105,11 +112,58 @@ def work(
 def score(
     instruction: Instruction, site: str, arrays: Arrays, *, split_key: bytes | None = None
 ) -> ScoreCounts:
-    """Exact score counts on the held-out patients: not covered by epsilon. `split_key` is that of `work`."""
+    """Exact score counts on the held-out patients: not covered by epsilon. `split_key` is that of `work`.
+
+    Raises:
+        ConfigError: the run declares another kind of metrics.
+    """
     one_thread()
     own_plan(instruction, site)
+    if instruction.privacy.metrics != "exact":
+        raise ConfigError(f"privacy.metrics={instruction.privacy.metrics}: expected exact for exact counts")
     _, test = _parts(*_key(instruction), site, instruction.seed, split_key)
     return ScoreCounts.of(logits(_model(instruction), test, arrays), test.labels.numpy())
+
+
+def private_score(
+    instruction: Instruction, site: str, arrays: Arrays, *, split_key: bytes | None = None
+) -> tuple[HistogramPlan, NDArray[np.float64]]:
+    """A noisy histogram of the held-out patients' scores, drawn once a run: asked again, the same one.
+
+    It is remembered as long as this process lives; a site with a ledger remembers it for good.
+
+    Raises:
+        ConfigError: the run declares another kind of metrics, or has been given metrics of another adapter.
+    """
+    one_thread()
+    own_plan(instruction, site)
+    if instruction.privacy.metrics != "private":
+        raise ConfigError(f"privacy.metrics={instruction.privacy.metrics}: expected private for a histogram")
+    plan = metrics_plans(instruction.task, instruction.privacy)[site]
+    asked = plan, _digest(instruction, arrays)
+    key = instruction.run_id, site
+    if key not in _drawn:
+        _, test = _parts(*_key(instruction), site, instruction.seed, split_key)
+        found = patient_logits(_model(instruction), test, arrays).astype(np.float64)
+        probabilities = 1 / (1 + np.exp(-np.clip(found, -700, 700)))
+        counts = plan.count(probabilities, test.labels.numpy(), test.records_of)
+        _drawn[key] = asked, plan.release(counts, _source(instruction, site))
+    before, drawn = _drawn[key]
+    if before != asked:
+        raise ConfigError("private metrics were drawn for another adapter of this run: once per run")
+    return plan, drawn
+
+
+# What was drawn, by run and site, and what for.
+_drawn: dict[tuple[str, str], tuple[tuple[HistogramPlan, str], NDArray[np.float64]]] = {}
+
+
+def _digest(instruction: Instruction, arrays: Arrays) -> str:
+    """What a histogram depends on besides the records."""
+    digest = hashlib.sha256(f"{_key(instruction)[0]} {instruction.seed}".encode())
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].shape} {arrays[name].dtype}".encode() + arrays[name].tobytes())
+    return digest.hexdigest()
 
 
 def _source(instruction: Instruction, site: str) -> RandomSource:

@@ -112,9 +112,9 @@ class AdapterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyConfig:
-    """Differential privacy of the training: a target epsilon, or a noise multiplier.
+    """Differential privacy of the training (a target epsilon, or a noise multiplier) and of the metrics.
 
-    Kind `off`: no clipping and no noise, NOT PRIVATE; only `records_per_patient` then matters.
+    Kind `off`: no clipping and no noise, NOT PRIVATE; only `records_per_patient` and `metrics` then matter.
     """
 
     kind: str = "dp"
@@ -127,6 +127,14 @@ class PrivacyConfig:
     min_declared_size: int = 20
     # Reproducible sampling and noise: NOT PRIVATE, and said wherever an epsilon would stand.
     seeded: bool = False
+    # exact: after each round, outside the guarantee. private: one noisy histogram of the released adapter's scores at
+    # each site, charged on top of the training. none: nothing is evaluated.
+    metrics: str = "exact"
+    # With `private`: epsilon of the histogram at the plan's delta, and the number of its bins.
+    metrics_epsilon: float = 1.0
+    metrics_bins: int = 10
+    # The assumed fraction of positive patients, for the bins and the expected error: declared, never counted.
+    metrics_prevalence: float = 0.5
 
     def __post_init__(self) -> None:
         check_finite(self, "privacy")
@@ -148,6 +156,21 @@ class PrivacyConfig:
             self.records_per_patient >= 1, "privacy.records_per_patient", self.records_per_patient, ">= 1"
         )
         require(self.min_declared_size >= 1, "privacy.min_declared_size", self.min_declared_size, ">= 1")
+        self._check_metrics()
+
+    def _check_metrics(self) -> None:
+        kinds = ("exact", "private", "none")
+        require(self.metrics in kinds, "privacy.metrics", self.metrics, " | ".join(kinds))
+        require(
+            self.metrics != "private" or (self.kind == "dp" and not self.seeded),
+            "privacy.metrics",
+            self.metrics,
+            "exact or none with privacy=off or privacy.seeded=true: such a run is NOT PRIVATE",
+        )
+        epsilon, bins, prevalence = self.metrics_epsilon, self.metrics_bins, self.metrics_prevalence
+        require(0.01 <= epsilon <= 100, "privacy.metrics_epsilon", epsilon, "0.01 to 100")
+        require(2 <= bins <= 20, "privacy.metrics_bins", bins, "2 to 20")
+        require(0.01 <= prevalence <= 0.99, "privacy.metrics_prevalence", prevalence, "0.01 to 0.99")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,6 +354,18 @@ class RunConfig:
             "reference",
             "true",
             "false with federation.sites: the references would train on the same patients again",
+        )
+        require(
+            not self.reference or self.privacy.metrics == "exact",
+            "reference",
+            "true",
+            f"false with privacy.metrics={self.privacy.metrics}: references are evaluated exactly",
+        )
+        require(
+            self.privacy.metrics != "private" or self.private,
+            "privacy.metrics",
+            self.privacy.metrics,
+            f"exact or none: the run is NOT PRIVATE ({self.not_private_reason()})",
         )
         if self.model.kind == "tabular":
             require(

@@ -28,6 +28,7 @@ from fedmed.config import (
 )
 from fedmed.errors import ConfigError, RunError, require
 from fedmed.metrics import CELLS, ScoreCounts
+from fedmed.privacy.histogram import HistogramPlan
 from fedmed.privacy.plan import PrivacyPlan
 from fedmed.schema import from_dict, to_dict, type_in_words
 from fedmed.task import TableTaskConfig
@@ -165,6 +166,36 @@ def read_scores(content: RecordDict) -> tuple[str, ScoreCounts]:
     if counts.shape != (2, CELLS) or counts.dtype != np.int32 or (counts < 0).any():
         raise RunError("score counts are misshapen, of another type or negative")
     return site, ScoreCounts(counts.astype(np.int64))
+
+
+def private_scores_record(site: str, plan: HistogramPlan, counts: NDArray[np.float64]) -> RecordDict:
+    """The content of a site's private evaluation: the noisy histogram and the plan that it was drawn by."""
+    record = _record("private_scores", {"site": site, "release": "private", "plan": to_dict(plan)})
+    record["histogram"] = ArrayRecord(OrderedDict(counts=Array(counts)))
+    return record
+
+
+def read_private_scores(content: RecordDict) -> tuple[str, HistogramPlan, NDArray[np.float64]]:
+    """A site's name, its plan and its noisy histogram.
+
+    Raises:
+        ConfigError: a plan out of range.
+        RunError: another release, or counts that are misshapen, of another type or not finite.
+    """
+    values = _values("private_scores", content)
+    if values.keys() != {"site", "release", "plan"} or type(values["site"]) is not str:
+        raise RunError("private scores: expected a site's name, a release and a plan")
+    if values["release"] != "private":
+        raise RunError("private scores that are not marked as a private release")
+    plan = from_dict(HistogramPlan, values["plan"], where="histogram")
+    arrays = content.array_records
+    if list(arrays) != ["histogram"] or list(arrays["histogram"]) != ["counts"]:
+        raise RunError("private scores: expected one array")
+    counts = arrays["histogram"]["counts"].numpy()
+    good = isinstance(counts, np.ndarray) and counts.dtype == np.float64 and counts.shape == (2, plan.bins)
+    if not good or not np.isfinite(counts).all():
+        raise RunError("a private histogram is misshapen, of another type or not finite")
+    return values["site"], plan, counts
 
 
 def ended_record(run: str) -> RecordDict:

@@ -139,6 +139,10 @@ class TableTaskConfig:
         """The declared size of a site's training part: a public constant, never a count."""
         return max(1, round((1 - self.test_fraction) * self.declared_sizes[site]))
 
+    def declared_held_out(self, site: str) -> int:
+        """The declared size of a site's test part."""
+        return self.declared_sizes[site] - self.declared_train(site)
+
 
 def _column(name: str, column: Any) -> ColumnConfig:
     where = f"task.columns.{name}"

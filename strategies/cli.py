@@ -115,6 +115,7 @@ def _check(config: "RunConfig", *, records: bool = True) -> list[str]:
     from fedmed.data.table import read_site, sites_in
     from fedmed.errors import ConfigError
     from fedmed.models.loading import check_digest, locate
+    from fedmed.privacy.histogram import metrics_plans
     from fedmed.privacy.plan import make_plan
     from fedmed.tracking import check
 
@@ -139,6 +140,8 @@ def _check(config: "RunConfig", *, records: bool = True) -> list[str]:
         warnings += [f"site '{site}': {warning}" for warning in manifest.warnings]
         left_out = manifest.quarantined.items()
         warnings += [f"site '{site}': {count} record(s) left out: {reason}" for reason, count in left_out]
+    # Refused where it would not be worth its epsilon.
+    metrics_plans(config.task, config.privacy)
     undeclared = {
         site: rows for site, rows in sites_in(config.task).items() if site not in config.task.declared_sizes
     }

@@ -54,11 +54,15 @@ class RunConsole:
 
     def round_done(self, entry: dict[str, Any], rounds: int, *, private: bool) -> None:
         """Show a finished round."""
-        auc = "one class" if entry["auc"] is None else f"{entry['auc']:.3f}"
-        status = f"AUC {auc} (exact)"
+        parts = []
+        # A run that was started by an earlier version evaluated every round.
+        if entry.get("evaluated", True):
+            auc = "one class" if entry["auc"] is None else f"{entry['auc']:.3f}"
+            parts.append(f"AUC {auc} (exact)")
         if private:
-            status += f", epsilon {round_up(max(entry['epsilon'].values())):.2f}"
-        status += f", {entry['bytes_up'] / 1000:.1f} kB up, {entry['seconds']:.2f} s"
+            parts.append(f"epsilon {round_up(max(entry['epsilon'].values())):.2f}")
+        parts += [f"{entry['bytes_up'] / 1000:.1f} kB up", f"{entry['seconds']:.2f} s"]
+        status = ", ".join(parts)
         if self._bar is not None:
             self._bar.update(self._task, advance=1, status=status)
         else:
@@ -92,7 +96,7 @@ class RunConsole:
             if privacy["private"]:
                 epsilon = spent["epsilon"] if spent else privacy["consortium"]["one_site"]["epsilon"]
                 cells.append(f"{round_up(epsilon):.2f}")
-            cells += [_figure(result, "auc"), _figure(result, "accuracy")]
+            cells += [_figure(result, name, test["release"]) for name in ("auc", "accuracy")]
             for reference in references.values():
                 other = reference["sites"].get(site) if spent else reference
                 cells.append(f"{_figure(other, 'auc')} / {_figure(other, 'accuracy')}")
@@ -105,7 +109,7 @@ class RunConsole:
 def footnotes(summary: dict[str, Any]) -> list[str]:
     """What must stand below the table."""
     privacy = summary["privacy"]
-    lines = ["* exact, on held-out patients: not covered by epsilon"]
+    lines = [f"* {release_in_words(summary['test'])}"]
     if privacy["private"]:
         rdp = max(site["epsilon_rdp"] for site in privacy["sites"].values())
         everywhere = privacy["consortium"]["all_sites"]["epsilon"]
@@ -114,6 +118,7 @@ def footnotes(summary: dict[str, Any]) -> list[str]:
             f"(RDP would say {round_up(rdp):.2f}); a patient at every site: {round_up(everywhere):.2f}",
             privacy["in_words"],
         ]
+        lines += parts_in_words(privacy)
     else:
         lines.append(f"NOT PRIVATE: {privacy['not_private_reason']}")
     if summary["references"]:
@@ -123,11 +128,37 @@ def footnotes(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _figure(values: dict[str, Any] | None, name: str) -> str:
+def release_in_words(test: dict[str, Any]) -> str:
+    """What a figure on held-out patients is."""
+    if test["release"] == "private":
+        error = test["expected_auc_error"]
+        return f"private, on held-out patients: in epsilon; expected error of the AUC {error:.3f}"
+    if test["release"] == "none":
+        return "not evaluated (privacy.metrics=none)"
+    return "exact, on held-out patients: not covered by epsilon"
+
+
+def parts_in_words(privacy: dict[str, Any]) -> list[str]:
+    """What a site's epsilon is composed of, where it has two parts."""
+    if privacy["metrics"]["release"] != "private":
+        return []
+    sites = privacy["sites"].values()
+    training, metrics = (
+        max(site[part] for site in sites) for part in ("epsilon_training", "epsilon_metrics")
+    )
+    return [
+        f"epsilon is composed of training ({round_up(training):.2f}) and private metrics ({round_up(metrics):.2f}): "
+        "both are charged to every patient, trained on or held out"
+    ]
+
+
+def _figure(values: dict[str, Any] | None, name: str, release: str = "exact") -> str:
+    if release == "none":
+        return "none"
     if values is None:
         return "no answer"
     if values[name] is None:
-        return "one class"
+        return "too few" if release == "private" else "one class"
     return f"{values[name]:.3f}"
 
 
@@ -170,7 +201,9 @@ def print_forecast(values: dict[str, Any]) -> None:
         lines.insert(
             0, f"epsilon: {privacy['adjacency']}; a patient at every site: {round_up(everywhere):.2f} (PLD)"
         )
-        lines.insert(1, privacy["in_words"])
+        lines[1:1] = [privacy["in_words"], *parts_in_words(privacy)]
+        if privacy["metrics"]["release"] == "private":
+            lines.insert(3, f"expected error of the AUC: {privacy['metrics']['expected_auc_error']:.3f}")
     else:
         lines.insert(0, f"NOT PRIVATE: {privacy['not_private_reason']}")
     for line in lines:

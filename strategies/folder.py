@@ -75,6 +75,11 @@ class RunFolder:
         """
         if json.loads((self.path / "config.json").read_text())["rounds"] == config.rounds:
             return
+        if self.metrics_asked():
+            raise ConfigError(
+                f"resume={self.path} rounds={config.rounds}: its private metrics have been drawn, which is done "
+                "once per run; start a new run"
+            )
         for name in (*STATEMENTS, "history.json"):
             (self.path / name).unlink(missing_ok=True)
         self._write_plans(plans)
@@ -118,7 +123,14 @@ class RunFolder:
 
     def rounds_sent(self) -> int:
         """How many times a round has been sent to the sites, finished or not."""
-        return sum(json.loads(line)["event"] == "round-sent" for line in self._whole_lines().splitlines())
+        return self._events("round-sent")
+
+    def metrics_asked(self) -> bool:
+        """Whether the sites have been asked for private metrics: these are then spent, whatever came back."""
+        return self._events("metrics-sent") > 0
+
+    def _events(self, name: str) -> int:
+        return sum(json.loads(line)["event"] == name for line in self._whole_lines().splitlines())
 
     def _whole_lines(self, name: str = "journal.jsonl") -> bytes:
         """A file of lines without a torn last line, which was never acted on: a round is sent once its line lasts."""

@@ -84,9 +84,8 @@ class Loop:
             progress.round = number
             elapsed = time.monotonic() - began
             progress.seconds += elapsed
-            counts = (
-                self.sites.evaluate(instruction, progress.arrays, self.plans) if self.score_rounds else {}
-            )
+            exact = self.score_rounds and self.config.privacy.metrics == "exact"
+            counts = self.sites.evaluate(instruction, progress.arrays, self.plans) if exact else {}
             progress.history.append(
                 self._entry(number, counts, dropped, list(updates))
                 | {"bytes_up": traffic.up, "bytes_down": traffic.down, "seconds": round(elapsed, 4)}
@@ -112,6 +111,7 @@ class Loop:
             "round": number,
             "sites": answered,
             "dropped": dropped,
+            "evaluated": self.config.privacy.metrics == "exact",
             "auc": result["auc"],
             "accuracy": result["accuracy"],
             "site_metrics": result["sites"],

@@ -18,6 +18,7 @@ from fedmed.models.build import build as build_model
 from fedmed.models.classifier import Classifier
 from fedmed.models.export import export, write_card
 from fedmed.privacy.accounting import round_up
+from fedmed.privacy.histogram import metrics_plans, site_epsilon
 from fedmed.privacy.plan import PrivacyPlan, make_plan
 from fedmed.records import Instruction, Quote
 from fedmed.report.html import write_report
@@ -25,6 +26,7 @@ from fedmed.resources import PeakMemory
 from fedmed.tracking import Tracker, make_tracker
 from fedmed.training import one_thread
 from strategies.console import RunConsole
+from strategies.evaluation import evaluate_released, final_figures
 from strategies.folder import Progress, RunFolder
 from strategies.rounds import Loop
 from strategies.sites import Sites
@@ -49,6 +51,7 @@ def run(config: RunConfig, grid: Grid) -> Path:
         folder = RunFolder(Path(config.resume)) if config.resume else None
         plans = _plans(config, folder)
         config = _asked(config, plans)
+        histograms = metrics_plans(config.task, config.privacy)
         # Before the grid forks its workers, so that they share the loaded model.
         model = build_model(config.task, config.model, config.adapter)
         run_id = folder.run_id if folder else f"{config.name}-{secrets.token_hex(6)}"
@@ -61,7 +64,8 @@ def run(config: RunConfig, grid: Grid) -> Path:
                 raise ConfigError(
                     f"site '{site}' declares {quote.declared_size} patients, the run another number"
                 )
-            if config.private and quote.epsilon is not None and quote.epsilon > plans[site].epsilon() * 1.001:
+            ours = site_epsilon(plans[site], histograms.get(site))
+            if config.private and quote.epsilon is not None and quote.epsilon > ours * 1.001:
                 raise ConfigError(
                     f"site '{site}' accounts epsilon {quote.epsilon}, the run less; same versions?"
                 )
@@ -81,7 +85,8 @@ def run(config: RunConfig, grid: Grid) -> Path:
             loop = Loop(config, sites, plans, run_id)
             released = loop.released(progress)
             final = Instruction.of(config, plans, run_id=run_id, round=progress.round)
-            test = sites.evaluate(final, released, plans)
+            test = evaluate_released(config, sites, folder, final, released)
+            tracker.log(final_figures(config, plans, test), progress.round)
             references = _references(config, sites, plans, model, console) if config.reference else None
             export(model, released, config, folder.path / "adapter")
             seconds = {
@@ -244,14 +249,16 @@ def _tracked(entry: dict[str, Any]) -> dict[str, float]:
 def _say_start(
     console: RunConsole, config: RunConfig, plans: dict[str, PrivacyPlan], folder: RunFolder
 ) -> None:
-    plan = max(plans.values(), key=lambda plan: plan.epsilon())
+    histograms = metrics_plans(config.task, config.privacy)
+    total, site = max((site_epsilon(plan, histograms.get(site)), site) for site, plan in plans.items())
+    plan = plans[site]
     console.say(f"run folder: {folder.path}")
     reason = config.not_private_reason()
     if reason:
         console.say(f"NOT PRIVATE: {reason}", style="bold red")
     else:
         console.say(
-            f"privacy: at most epsilon {round_up(plan.epsilon()):.2f} (PLD), delta {plan.delta:g}, {plan.adjacency}; "
+            f"privacy: at most epsilon {round_up(total):.2f} (PLD), delta {plan.delta:g}, {plan.adjacency}; "
             f"noise multiplier {plan.noise_multiplier:.3f}, sample rate {plan.sample_rate:g}, {plan.steps} steps a site"
         )
 

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -11,6 +11,8 @@ from flwr.serverapp import Grid
 
 from fedmed.errors import ConfigError, RunError
 from fedmed.metrics import ScoreCounts
+from fedmed.privacy.histogram import HistogramPlan
+from fedmed.private_metrics import NoisyHistogram
 from fedmed.records import (
     Arrays,
     Instruction,
@@ -20,6 +22,7 @@ from fedmed.records import (
     instruction_record,
     read_ended,
     read_head,
+    read_private_scores,
     read_quote,
     read_scores,
     read_update,
@@ -126,6 +129,20 @@ class Sites:
         """Tell every site that the run is over, so that what it never used goes back to the budget."""
         content = instruction_record(instruction)
         self._by_site(self.nodes, f"{MessageType.QUERY}.end", content, read_ended)
+
+    def evaluate_privately(
+        self, instruction: Instruction, arrays: Arrays, plans: Mapping[str, HistogramPlan]
+    ) -> dict[str, NoisyHistogram]:
+        """Noisy histograms of an adapter's scores; one that was not drawn by its plan is dropped."""
+        content = instruction_record(instruction, arrays)
+        replies, _ = self._by_site(plans, MessageType.EVALUATE, content, read_private_scores)
+        found = {}
+        for site, (_, plan, counts) in replies.items():
+            if plan == plans[site]:
+                found[site] = NoisyHistogram(counts, plan.noise_multiplier, plan.edges)
+            else:
+                log.warning("%s drew its metrics by another plan than the run's; dropped", site)
+        return found
 
     def _by_site(
         self, sites: Iterable[str], kind: str, content: RecordDict, read: Callable[[RecordDict], Answer]

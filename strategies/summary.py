@@ -9,13 +9,20 @@ from typing import Any
 from fedmed.config import RunConfig
 from fedmed.metrics import ScoreCounts
 from fedmed.privacy.accounting import BINDING, composed_epsilon
+from fedmed.privacy.histogram import (
+    HistogramPlan,
+    expected_error,
+    metrics_plans,
+    run_events,
+    site_epsilon,
+)
 from fedmed.privacy.plan import PrivacyPlan
 
 OUTSIDE = [
     "hyperparameters were tuned outside epsilon",
-    "test metrics are exact and not covered by epsilon",
     "the encoder's pretraining data is outside epsilon",
 ]
+EXACT = "test metrics are exact and not covered by epsilon"
 ASSUMPTION = (
     "a patient whose records are at one site has that site's epsilon; one with records at every site has the "
     "composition of all sites"
@@ -32,9 +39,14 @@ def scores(counts: Mapping[str, ScoreCounts]) -> dict[str, Any]:
     return {"auc": total.auc(), "accuracy": total.accuracy(), "sites": sites}
 
 
+def exact_result(counts: Mapping[str, ScoreCounts]) -> dict[str, Any]:
+    """The result on held-out patients from exact counts, marked as such."""
+    return {"release": "exact", "covered_by_epsilon": False, **scores(counts)}
+
+
 def _outside(config: RunConfig, references: object) -> list[str]:
     """What the epsilon of a run does not cover."""
-    lines = list(OUTSIDE)
+    lines = [*OUTSIDE, EXACT] if config.privacy.metrics == "exact" else list(OUTSIDE)
     if config.task.split == "shuffle":
         lines.append(
             "the split is a seeded shuffle of a public benchmark: epsilon holds for the training part as it was drawn"
@@ -49,15 +61,18 @@ def privacy_statement(
 ) -> dict[str, Any]:
     """Everything that must stand beside an epsilon. Without privacy every epsilon is null.
 
-    The whole plan is charged: PLD binds for a plan that was fixed in advance, whenever the run stopped.
+    The whole plan is charged: PLD binds for a plan that was fixed in advance, whenever the run stopped. With private
+    metrics an epsilon is the composition of training and metrics; both parts stand beside it.
     """
+    histograms = metrics_plans(config.task, config.privacy)
     any_plan = next(iter(plans.values()))
     private = config.private
     sites = {}
     for site, plan in plans.items():
         sites[site] = {
-            "epsilon": plan.epsilon() if private else None,
-            "epsilon_rdp": plan.epsilon(accountant="rdp") if private else None,
+            "epsilon": site_epsilon(plan, histograms.get(site)) if private else None,
+            "epsilon_rdp": site_epsilon(plan, histograms.get(site), accountant="rdp") if private else None,
+            **_parts(plan, histograms.get(site)),
             "delta": plan.delta if private else None,
             "noise_multiplier": plan.noise_multiplier,
             "sample_rate": plan.sample_rate,
@@ -72,7 +87,7 @@ def privacy_statement(
     if private:
         largest = max(float(site["epsilon"]) for site in sites.values() if site["epsilon"] is not None)
         rdp = [float(site["epsilon_rdp"]) for site in sites.values() if site["epsilon_rdp"] is not None]
-        events = [plan.event() for plan in plans.values()]
+        events = run_events(plans, histograms)
         consortium = {
             "one_site": {"epsilon": largest, "epsilon_rdp": max(rdp), "delta": largest_delta},
             "all_sites": {
@@ -94,7 +109,31 @@ def privacy_statement(
         "sites": sites,
         "consortium": consortium,
         "in_words": in_words,
+        "metrics": _metrics(config, histograms),
         "outside": _outside(config, references),
+    }
+
+
+def _parts(plan: PrivacyPlan, histogram: HistogramPlan | None) -> dict[str, float]:
+    """What a site's epsilon is composed of, where it has two parts. Their sum may be larger than the whole."""
+    if histogram is None:
+        return {}
+    return {
+        "epsilon_training": plan.epsilon(),
+        "epsilon_metrics": histogram.epsilon(),
+        "metrics_noise_multiplier": histogram.noise_multiplier,
+    }
+
+
+def _metrics(config: RunConfig, histograms: Mapping[str, HistogramPlan]) -> dict[str, Any]:
+    """How the run is evaluated; with private metrics, what they are expected to be worth."""
+    if not histograms:
+        return {"release": config.privacy.metrics}
+    return {
+        "release": "private",
+        "epsilon": max(histogram.epsilon() for histogram in histograms.values()),
+        "bins": config.privacy.metrics_bins,
+        "expected_auc_error": expected_error(config.task, config.privacy, histograms.values()),
     }
 
 
@@ -112,7 +151,7 @@ def summarise(
     config: RunConfig,
     plans: Mapping[str, PrivacyPlan],
     *,
-    test: Mapping[str, ScoreCounts],
+    test: Mapping[str, Any],
     references: dict[str, Any] | None,
     rounds: int,
     seconds: dict[str, float],
@@ -131,7 +170,7 @@ def summarise(
         "model": _model_name(config),
         "adapter": config.adapter.kind,
         "strategy": config.strategy.kind,
-        "test": {"release": "exact", "covered_by_epsilon": False, **scores(test)},
+        "test": dict(test),
         "privacy": privacy_statement(config, plans, references=references),
         "references": references,
         "rounds": rounds,

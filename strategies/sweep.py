@@ -17,10 +17,16 @@ from fedmed.atomic import write_json
 from fedmed.config import RunConfig
 from fedmed.errors import FedmedError, Interrupted, RunError, internal
 from fedmed.privacy.accounting import composed_epsilon, round_up
+from fedmed.privacy.histogram import metrics_plans, site_events
 from fedmed.privacy.plan import make_plan
 from strategies.console import plain_console
 
 NOT_STARTED = "not started"
+RELEASES = {
+    "exact": "* exact, on held-out patients: not covered by epsilon",
+    "private": "* private, on held-out patients: in epsilon",
+    "none": "* not evaluated (privacy.metrics=none)",
+}
 Job = tuple[list[str], RunConfig]
 
 
@@ -91,6 +97,7 @@ def _row(folder: Path, overrides: list[str], error: str | None) -> dict[str, Any
         summary = json.loads((folder / "summary.json").read_text())
         spent = [site["epsilon"] for site in summary["privacy"]["sites"].values()]
         row |= {
+            "release": summary["test"]["release"],
             "auc": summary["test"]["auc"],
             "accuracy": summary["test"]["accuracy"],
             "epsilon": max(spent) if summary["privacy"]["private"] else None,
@@ -112,10 +119,16 @@ def _composed(configs: list[RunConfig]) -> float | None:
     if not all(config.private for config in configs) or len({config.task.unit for config in configs}) != 1:
         return None
     largest = 0.0
+    histograms = [metrics_plans(config.task, config.privacy) for config in configs]
     for site in {site for config in configs for site in config.task.declared_sizes}:
-        plans = [make_plan(config, site) for config in configs if site in config.task.declared_sizes]
-        delta = max(plan.delta for plan in plans)
-        largest = max(largest, composed_epsilon([plan.event() for plan in plans], delta=delta))
+        plans = [
+            (make_plan(config, site), metrics.get(site))
+            for config, metrics in zip(configs, histograms, strict=True)
+            if site in config.task.declared_sizes
+        ]
+        delta = max(plan.delta for plan, _ in plans)
+        events = [event for plan, histogram in plans for event in site_events(plan, histogram)]
+        largest = max(largest, composed_epsilon(events, delta=delta))
     return largest
 
 
@@ -129,10 +142,12 @@ def _print(console: Console, rows: list[dict[str, Any]], total: float | None) ->
             table.add_row(" ".join(row["overrides"]), failure, "", "")
             continue
         epsilon = "NOT PRIVATE" if row["epsilon"] is None else f"{round_up(row['epsilon']):.2f}"
-        figures = ["one class" if row[name] is None else f"{row[name]:.3f}" for name in ("auc", "accuracy")]
+        missing = {"exact": "one class", "private": "too few", "none": "none"}[row["release"]]
+        figures = [missing if row[name] is None else f"{row[name]:.3f}" for name in ("auc", "accuracy")]
         table.add_row(" ".join(row["overrides"]), epsilon, *figures)
     console.print(table)
-    console.print("* exact, on held-out patients: not covered by epsilon")
+    for release in sorted({row["release"] for row in rows if "release" in row} or {"exact"}):
+        console.print(RELEASES[release])
     for claim in sorted({row["claim"] for row in rows if row.get("claim")}):
         console.print(f"epsilon: {claim}", soft_wrap=True)
     if total is not None:

@@ -135,7 +135,10 @@ def pretend(config: RunConfig, overrides: list[str]) -> None:
     folder = Path(overrides[-1].removeprefix("run_dir="))
     folder.mkdir(parents=True)
     plans = {site: make_plan(config, site) for site in config.task.declared_sizes}
-    summary = {"privacy": privacy_statement(config, plans), "test": {"auc": 0.5, "accuracy": None}}
+    summary = {
+        "privacy": privacy_statement(config, plans),
+        "test": {"release": "exact", "auc": 0.5, "accuracy": None},
+    }
     (folder / "summary.json").write_text(json.dumps(summary))
 
 
@@ -168,6 +171,20 @@ def test_a_site_pays_for_the_jobs_it_took_part_in(here: Path) -> None:
         make_plan(config, site).epsilon() for _, config in jobs for site in config.task.declared_sizes
     )
     assert saved(here)["epsilon_of_all_jobs"] == pytest.approx(alone, rel=1e-6)
+
+
+def test_a_sweep_pays_for_private_metrics_too(here: Path) -> None:
+    """privacy.md, rule 14: the composition of all that its runs spend."""
+    jobs = compose_sweep([*FAST, "privacy.metrics=none,private", "privacy.metrics_epsilon=3"])
+    run_sweep(jobs, pretend)
+    (here / "other").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here / "other")
+        run_sweep([jobs[0], jobs[0]], pretend)
+    spent = [job["epsilon"] for job in saved(here)["jobs"]]
+    assert spent[0] < spent[1] < spent[0] + 3
+    trained_twice = saved(here / "other")["epsilon_of_all_jobs"]
+    assert trained_twice < saved(here)["epsilon_of_all_jobs"] < trained_twice + 3
 
 
 def test_a_patient_and_a_record_do_not_add_up(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

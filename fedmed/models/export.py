@@ -68,7 +68,10 @@ def write_card(summary: dict[str, Any], config: RunConfig, path: Path) -> None:
         autoescape=False,
     )
     environment.filters["epsilon"] = lambda value: f"{round_up(value):.2f}"
-    environment.filters["figure"] = lambda value: "one class" if value is None else f"{value:.3f}"
+    missing = {"exact": "one class", "private": "too few"}
+    environment.filters["figure"] = lambda value, release: (
+        missing[release] if value is None else f"{value:.3f}"
+    )
     text = environment.get_template("card.md.j2").render(
         summary=summary,
         config=config,

@@ -11,7 +11,6 @@ counts as spent. A request that was answered before gets the stored bytes.
 import contextlib
 import hashlib
 import json
-import os
 import secrets
 import sqlite3
 import tempfile
@@ -111,36 +110,6 @@ class Ledger:
             raise LedgerError(
                 f"{path}: belongs to a site with another key; restore the site's folder from a backup"
             )
-
-    @classmethod
-    def create(cls, path: Path, signer: Signer, *, site: str) -> "Ledger":
-        """A new ledger whose first entry names the site and its public key.
-
-        Raises:
-            LedgerError: there is a file already, or none can be made.
-        """
-        if path.exists():
-            raise LedgerError(f"{path}: holds a ledger already; it is never replaced")
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            connection = _connect(draft)
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.executescript(TABLES)
-            connection.execute(f"PRAGMA application_id={APPLICATION}")
-            connection.execute(f"PRAGMA user_version={VERSION}")
-            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            connection.close()
-            os.chmod(draft, 0o600)
-            # A link, unlike a rename, never takes another ledger's place.
-            os.link(draft, path)
-        except (OSError, sqlite3.Error) as error:
-            raise LedgerError(f"{path}: no ledger can be made here ({error})") from None
-        finally:
-            for suffix in ("", "-wal", "-shm"):
-                Path(f"{draft}{suffix}").unlink(missing_ok=True)
-        ledger = cls(path, signer)
-        ledger._append_all([{"kind": "site", "site": site, "public_key": signer.public_key.hex()}])
-        return ledger
 
     def close(self) -> None:
         """Close the file; the last process to do so leaves everything in it."""
@@ -383,10 +352,23 @@ class Ledger:
 
 
 def new_ledger(signer: Signer, *, site: str) -> bytes:
-    """The file of a new ledger."""
+    """The file of a new ledger, whose first entry names the site and its public key.
+
+    Raises:
+        OSError: there is no room for temporary files.
+    """
     with tempfile.TemporaryDirectory(prefix="fedmed-") as folder:
         path = Path(folder) / "ledger.db"
-        Ledger.create(path, signer, site=site).close()
+        connection = _connect(path)
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.executescript(TABLES)
+        connection.execute(f"PRAGMA application_id={APPLICATION}")
+        connection.execute(f"PRAGMA user_version={VERSION}")
+        connection.close()
+        ledger = Ledger(path, signer)
+        ledger._append_all([{"kind": "site", "site": site, "public_key": signer.public_key.hex()}])
+        # Closing moves everything from the write-ahead log into the file.
+        ledger.close()
         return path.read_bytes()
 
 

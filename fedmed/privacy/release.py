@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import assert_never
 
+import numpy as np
 from flwr.app import RecordDict
+from numpy.typing import NDArray
 
 from fedmed.errors import PrivacyError
 from fedmed.metrics import ScoreCounts
 from fedmed.privacy.account import Attempt
+from fedmed.privacy.histogram import HistogramPlan
 from fedmed.privacy.ledger import Ledger
 from fedmed.records import (
     Arrays,
@@ -22,6 +25,7 @@ from fedmed.records import (
     ended_record,
     from_bytes,
     head_record,
+    private_scores_record,
     quote_record,
     scores_record,
     to_bytes,
@@ -46,10 +50,11 @@ class Code(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Privatised:
-    """A DP-SGD update whose cost was reserved as `attempt`. Its receipt holds declared values."""
+    """What a mechanism drew, whose cost was reserved as `attempt`: a DP-SGD update with its receipt of declared
+    values, or a noisy histogram with its plan."""
 
-    receipt: Receipt
-    delta: Arrays
+    site: str
+    value: tuple[Receipt, Arrays] | tuple[HistogramPlan, NDArray[np.float64]]
     attempt: Attempt
 
 
@@ -63,7 +68,7 @@ class Approved:
 
     site: str
     run: str
-    value: ScoreCounts | tuple[Receipt, Arrays]
+    value: ScoreCounts | tuple[Receipt, Arrays] | tuple[HistogramPlan, NDArray[np.float64]]
     approval: str
 
 
@@ -111,9 +116,9 @@ class Gate:
         if isinstance(value, Quote):
             return quote_record(value)
         if isinstance(value, Privatised):
-            content = update_record(value.receipt, value.delta)
             if self._ledger is None:
-                raise PrivacyError("a charged update without a ledger to commit it to")
+                raise PrivacyError("something that was charged for, without a ledger to commit it to")
+            content = _drawn(value.site, value.value)
             self._ledger.commit(value.attempt, to_bytes(content))
             return content
         if isinstance(value, Approved):
@@ -130,10 +135,25 @@ class Gate:
         if isinstance(value.value, ScoreCounts):
             what, content = "exact metrics", scores_record(value.site, value.value)
         else:
-            what, content = "update that is NOT PRIVATE", update_record(*value.value)
+            what, content = (
+                "update or histogram without a ledger, or NOT PRIVATE",
+                _drawn(value.site, value.value),
+            )
         if self._ledger is not None:
             self._ledger.outside(value.run, what=what, released=to_bytes(content), approval=value.approval)
         return content
+
+
+def _drawn(
+    site: str, value: tuple[Receipt, Arrays] | tuple[HistogramPlan, NDArray[np.float64]]
+) -> RecordDict:
+    first, second = value
+    if isinstance(first, HistogramPlan) and isinstance(second, np.ndarray):
+        return private_scores_record(site, first, second)
+    if isinstance(first, Receipt) and isinstance(second, dict):
+        return update_record(first, second)
+    _refuse(value)
+    raise AssertionError
 
 
 def _refuse(value: object) -> None:

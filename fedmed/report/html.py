@@ -49,6 +49,7 @@ def write_report(summary: dict[str, Any], history: list[dict[str, Any]], path: P
         lstrip_blocks=True,
     )
     environment.filters |= {"epsilon": epsilon_text, "delta": delta_text, "figure": figure_text}
+    environment.filters |= {"private_rows": private_rows, "shown": lambda value: f"{value:.3f}"}
     figures = plots.draw(privacy, history, runs, claim=claim(privacy) if privacy["private"] else "")
     text = environment.get_template("report.html.j2").render(
         summary=summary,
@@ -97,11 +98,35 @@ def delta_text(delta: float) -> str:
 
 
 def figure_text(result: Mapping[str, Any] | None, name: str) -> str:
-    """A metric as printed. An AUC needs records of both classes; a site that sent nothing gave no answer."""
+    """A metric as printed. An AUC needs records of both classes, a private figure more patients than noise; a site that
+    sent nothing gave no answer."""
     if result is None:
         return "no answer"
     missing = "one class" if name == "auc" else "no records"
+    # A site's result stands without its release; only a private one has intervals.
+    if "auc_interval" in result or result.get("release") == "private":
+        missing = "too few"
+    if result.get("release") == "none":
+        missing = "not evaluated"
     return missing if result[name] is None else f"{result[name]:.3f}"
+
+
+def private_rows(test: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float]]]:
+    """The figures of a private result that have an interval, by title; what is within the noise is left out."""
+    rows: list[tuple[str, Mapping[str, float] | None]] = []
+    for title, name in (("AUC", "auc"), ("accuracy", "accuracy")):
+        if test[name] is not None:
+            low, high = test[f"{name}_interval"]
+            rows.append((title, {"value": test[name], "low": low, "high": high}))
+    rows += [("Brier score", test["brier"]), ("fraction of positive patients", test["prevalence"])]
+    at = test["at_specificity"]
+    if at:
+        rows += [
+            (f"{name} at threshold {at['threshold']:g}", at[name]) for name in ("sensitivity", "specificity")
+        ]
+    for cell in test["calibration"]:
+        rows.append((f"positive, of scores {cell['from']:g} to {cell['to']:g}", cell["positive"]))
+    return [(title, value) for title, value in rows if value is not None]
 
 
 def _runs(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

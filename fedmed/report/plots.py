@@ -43,7 +43,8 @@ def draw(privacy: Mapping[str, Any], history: Entries, runs: Mapping[str, Any], 
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         # The browser draws the text: a letter that Matplotlib's font lacks is no loss.
         warnings.filterwarnings("ignore", message="Glyph")
-        if history:
+        evaluated = any(entry["auc"] is not None or entry["site_metrics"] for entry in history)
+        if evaluated:
             # The first of an odd number of figures has a row of its own.
             plots.append(_auc_per_round(privacy, history, runs, wide=bool(claim) == (len(runs) > 1)))
         if history and claim:
@@ -76,7 +77,10 @@ def _epsilon_per_round(privacy: Mapping[str, Any], history: Entries, claim: str)
     figure, axes = _canvas(4.8, 3.3)
     names = _site_lines(axes, history, privacy, lambda entry, site: entry["epsilon"].get(site))
     cap, what = privacy["target_epsilon"], "target for the whole plan"
-    if cap is None:
+    private_metrics = privacy["metrics"]["release"] == "private"
+    if private_metrics:
+        cap, what = privacy["consortium"]["one_site"]["epsilon"], "with the metrics"
+    elif cap is None:
         cap, what = privacy["consortium"]["one_site"]["epsilon"], "charged for the whole plan"
     axes.axhline(cap, color=INK, linewidth=1.4, dashes=DASHES[0])
     axes.set(xlabel="round", ylabel=f"epsilon spent ({privacy['accountant'].upper()})", ylim=(0, None))

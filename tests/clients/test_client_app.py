@@ -17,12 +17,14 @@ from fedmed.data.split import hash_split, site_key
 from fedmed.errors import ConfigError
 from fedmed.flower import InProcessGrid
 from fedmed.models.build import build
+from fedmed.privacy.histogram import HistogramPlan, metrics_plans
 from fedmed.privacy.plan import PrivacyPlan, make_plan
 from fedmed.records import (
     PROTOCOL,
     Arrays,
     Instruction,
     instruction_record,
+    read_private_scores,
     read_quote,
     read_scores,
     read_update,
@@ -179,6 +181,98 @@ def test_an_evaluation_counts_the_held_out_records_and_says_that_it_is_exact(tmp
     assert counts.records == len(tested)
     assert counts.counts[1].sum() == sum(record["sick"] == "1" for record in tested)
     assert json.loads(str(reply.content.config_records["scores"]["json"]))["release"] == "exact"
+
+
+PRIVATE = ("privacy.metrics=private", "privacy.metrics_epsilon=8", "task.declared_sizes={a: 600, b: 600}")
+
+
+def evaluated(config: RunConfig, arrays: Arrays, *, run_id: str) -> Message:
+    asked = dataclasses.replace(instruction_of(config), run_id=run_id)
+    return ask(MessageType.EVALUATE, instruction_record(asked, arrays))
+
+
+def test_a_private_evaluation_is_a_noisy_histogram_of_held_out_patients(tmp_path: Path) -> None:
+    """privacy.md, rule 16: of patients, not of their records; drawn by the declared plan."""
+    records = rows()
+    config = table_config(write(tmp_path / "t.csv", records), *PRIVATE)
+    reply = evaluated(config, start(config), run_id="private")
+    site, plan, counts = read_private_scores(reply.content)
+    assert site == SITE
+    assert plan == metrics_plans(config.task, config.privacy)[SITE]
+    assert plan.unit == "patient"
+    assert not np.array_equal(counts, np.rint(counts))
+    # Within five deviations of all 20 cells' noise: 14 patients could be, their 27 records too; so the true counts.
+    assert abs(counts.sum() - len(held_out(records))) < 5 * plan.noise_multiplier * 20**0.5
+    told = json.loads(str(reply.content.config_records["private_scores"]["json"]))
+    assert told["release"] == "private"
+    assert told.keys() == {"protocol", "site", "release", "plan"}
+
+
+def noiseless(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(HistogramPlan, "release", lambda _self, counts, _source: counts.astype(np.float64))
+
+
+def test_each_held_out_patient_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The counts before noise; taking a patient with three records out changes one cell by one."""
+    noiseless(monkeypatch)
+    records = rows()
+    out = held_out(records)
+    config = table_config(write(tmp_path / "t.csv", records), *PRIVATE)
+    arrays = {name: np.full_like(values, 0.3) for name, values in start(config).items()}
+    whole = read_private_scores(evaluated(config, arrays, run_id="whole").content)[2]
+    assert whole.sum() == len(out)
+    victim = next(name for name in sorted(out) if sum(record["id"] == name for record in records) == 3)
+    without = write(tmp_path / "t.csv", [record for record in records if record["id"] != victim])
+    assert without
+    less = read_private_scores(evaluated(config, arrays, run_id="without").content)[2]
+    assert sorted(np.abs(whole - less).ravel()) == [0.0] * 19 + [1.0]
+
+
+def drawn_once(config: RunConfig, run_id: str) -> bool:
+    """Whether a site that is asked again for the metrics of a run sends the same bytes, and draws no more noise."""
+    histograms = [
+        read_private_scores(evaluated(config, start(config), run_id=run_id).content)[2] for _ in range(3)
+    ]
+    return all(histogram.tobytes() == histograms[0].tobytes() for histogram in histograms)
+
+
+def test_a_noisy_result_is_never_redrawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """privacy.md, rule 17: the mean of many draws would be the true count. A site that forgets is found out."""
+    config = table_config(write(tmp_path / "t.csv", rows()), *PRIVATE)
+    assert drawn_once(config, "kept")
+    # Another adapter would be another release.
+    other = {name: values + 1 for name, values in start(config).items()}
+    with pytest.raises(ConfigError, match="another adapter of this run: once per run"):
+        clients.site.private_score(dataclasses.replace(instruction_of(config), run_id="kept"), SITE, other)
+
+    class Forgetful(dict):  # type: ignore[type-arg]
+        def __contains__(self, key: object) -> bool:
+            return False
+
+    monkeypatch.setattr(clients.site, "_drawn", Forgetful())
+    assert not drawn_once(config, "redrawn")
+
+
+@pytest.mark.parametrize("metrics", ["private", "none"])
+def test_a_site_gives_no_other_metrics_than_the_run_declares(metrics: str, tmp_path: Path) -> None:
+    config = table_config(write(tmp_path / "t.csv", rows()), *PRIVATE, f"privacy.metrics={metrics}")
+    with pytest.raises(ConfigError, match=f"privacy.metrics={metrics}: expected exact"):
+        clients.site.score(instruction_of(config), SITE, start(config))
+    exact = table_config(tmp_path / "t.csv")
+    with pytest.raises(ConfigError, match="expected private for a histogram"):
+        clients.site.private_score(instruction_of(exact), SITE, start(exact))
+
+
+def test_a_quote_holds_the_metrics_and_refuses_those_that_are_worth_nothing(tmp_path: Path) -> None:
+    config = table_config(tmp_path / "nowhere.csv", *PRIVATE)
+    asked = instruction_of(config, round=0)
+    epsilon = clients.site.quote(asked, SITE).epsilon
+    assert epsilon is not None
+    assert epsilon > 8
+    poor = table_config(tmp_path / "nowhere.csv", "privacy.metrics=private")
+    answer = read_quote(ask(MessageType.QUERY, instruction_record(instruction_of(poor, round=0))).content)
+    assert answer.refusal is not None
+    assert "expected error of the AUC" in answer.refusal
 
 
 @pytest.fixture

@@ -93,7 +93,8 @@ OTHERS: dict[type, tuple[str, list[str], dict[str, tuple[str, Any]]]] = {
     PrivacyConfig: ("privacy.", [], {
         "epsilon": ("null", None), "noise_multiplier": ("2", 2.0), "delta": ("1e-6", 1e-6),
         "max_grad_norm": ("1", 1.0), "records_per_patient": ("2", 2), "min_declared_size": ("5", 5),
-        "seeded": ("true", True),
+        "seeded": ("true", True), "metrics": ("none", "none"), "metrics_epsilon": ("2", 2.0), "metrics_bins": ("8", 8),
+        "metrics_prevalence": ("0.1", 0.1),
     }),
     StrategyConfig: ("strategy.", [], {
         "learning_rate": ("0.5", 0.5), "momentum": ("0.5", 0.5), "beta_1": ("0.5", 0.5), "beta_2": ("0.5", 0.5),

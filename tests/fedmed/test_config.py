@@ -168,6 +168,10 @@ RANGES: list[tuple[type, str, list[Any], list[Any]]] = [
     (PrivacyConfig, "max_grad_norm", [1e-3], [0.0, -1.0]),
     (PrivacyConfig, "records_per_patient", [1, 20], [0]),
     (PrivacyConfig, "min_declared_size", [1], [0]),
+    (PrivacyConfig, "metrics", ["private", "none"], ["", "noisy"]),
+    (PrivacyConfig, "metrics_epsilon", [0.01, 100], [0.0, -1.0, 101]),
+    (PrivacyConfig, "metrics_bins", [2, 20], [0, 1, 21]),
+    (PrivacyConfig, "metrics_prevalence", [0.01, 0.99], [0.0, 1.0]),
     (StrategyConfig, "kind", ["fedyogi"], ["fedsgd"]),
     (StrategyConfig, "learning_rate", [0.1], [0.0, -1.0]),
     (StrategyConfig, "momentum", [0.0, 0.99], [1.0, -0.1]),
@@ -234,6 +238,26 @@ def test_noise_stands_in_place_of_epsilon() -> None:
     for epsilon, other in ((3.0, 2.0), (None, None)):
         with pytest.raises(ConfigError, match="exactly one of the two"):
             PrivacyConfig(epsilon=epsilon, noise_multiplier=other)
+
+
+def test_private_metrics_are_those_of_a_private_run() -> None:
+    for changes in ({"kind": "off"}, {"seeded": True}):
+        with pytest.raises(ConfigError, match=r"^privacy\.metrics=private: expected exact or none with"):
+            PrivacyConfig(metrics="private", **changes)
+        assert PrivacyConfig(metrics="none", **changes).metrics == "none"
+    open_task = built(TableTaskConfig, declare="from_data")
+    with pytest.raises(ConfigError, match=r"^privacy\.metrics=private: expected exact or none: .*from_data"):
+        run_config(task=open_task, privacy=PrivacyConfig(metrics="private"))
+    assert run_config(privacy=PrivacyConfig(metrics="private")).private
+
+
+@pytest.mark.parametrize("metrics", ["private", "none"])
+def test_references_need_exact_metrics(metrics: str) -> None:
+    task = built(TableTaskConfig, public_benchmark=True)
+    with pytest.raises(
+        ConfigError, match=rf"^reference=true: expected false with privacy\.metrics={metrics}"
+    ):
+        run_config(task=task, reference=True, privacy=PrivacyConfig(metrics=metrics))
 
 
 def test_a_package_is_named_without_importing_another() -> None:

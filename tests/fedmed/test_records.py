@@ -13,6 +13,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from fedmed.compose import compose
 from fedmed.errors import ConfigError, FedmedError, RunError
 from fedmed.metrics import CELLS, ScoreCounts
+from fedmed.privacy.histogram import HistogramPlan
 from fedmed.privacy.plan import make_plan
 from fedmed.records import (
     PROTOCOL,
@@ -22,14 +23,17 @@ from fedmed.records import (
     Receipt,
     array_bytes,
     instruction_record,
+    private_scores_record,
     quote_record,
     read_instruction,
+    read_private_scores,
     read_quote,
     read_scores,
     read_update,
     scores_record,
     update_record,
 )
+from fedmed.schema import to_dict
 
 RUNS = {
     "private table": ["model=logistic"],
@@ -37,6 +41,9 @@ RUNS = {
     "not private": ["model=mlp", "adapter=full", "privacy=off", "strategy=fedprox"],
     "given noise": ["model=logistic", "privacy.epsilon=null", "privacy.noise_multiplier=2", "task=heart10"],
 }
+
+
+HISTOGRAM = HistogramPlan(unit="patient", bins=10, prevalence=0.5, noise_multiplier=2.5, delta=1e-5)
 
 
 @lru_cache
@@ -97,6 +104,7 @@ def test_only_text_and_numbers_travel() -> None:
         "quote": quote_record(Quote(site="a", declared_size=9, epsilon=1.0)),
         "receipt": update_record(receipt, arrays()),
         "scores": scores_record("a", counts),
+        "private_scores": private_scores_record("a", HISTOGRAM, np.zeros((2, 10))),
     }
     for name, record in records.items():
         assert list(record.config_records) == [name]
@@ -157,7 +165,7 @@ def test_an_instruction_that_no_coordinator_of_this_version_sends_is_refused(nam
 
 
 def test_a_message_without_its_record_is_refused() -> None:
-    for read in (read_instruction, read_quote, read_update, read_scores):
+    for read in (read_instruction, read_quote, read_update, read_scores, read_private_scores):
         with pytest.raises(RunError, match="is fedmed the same version at both ends"):
             read(RecordDict())  # type: ignore[operator]
 
@@ -178,3 +186,56 @@ def test_counts_that_cannot_be_added_are_refused(counts: np.ndarray) -> None:
     record["counts"] = ArrayRecord(OrderedDict(counts=Array(counts)))
     with pytest.raises(RunError, match="score counts are misshapen, of another type or negative"):
         read_scores(record)
+
+
+def test_a_private_histogram_arrives_as_it_was_drawn() -> None:
+    counts = np.random.default_rng(0).normal(size=(2, 10)) * 1e3
+    record = private_scores_record("St. Mary's", HISTOGRAM, counts)
+    site, plan, read = read_private_scores(record)
+    assert (site, plan) == ("St. Mary's", HISTOGRAM)
+    assert (read.dtype, read.tobytes()) == (np.dtype(np.float64), counts.tobytes())
+    # Neither kind of scores is taken for the other.
+    with pytest.raises(RunError, match="a message without 'scores'"):
+        read_scores(record)
+    with pytest.raises(RunError, match="a message without 'private_scores'"):
+        read_private_scores(scores_record("a", ScoreCounts(np.zeros((2, CELLS), np.int64))))
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        np.zeros((2, 9)), np.zeros((20,)), np.zeros((2, 10, 1)), np.zeros((2, 10), np.float32),
+        np.zeros((2, 10), np.int64), np.full((2, 10), np.nan), np.full((2, 10), np.inf),
+    ],
+)  # fmt: skip
+def test_a_private_histogram_that_cannot_be_added_is_refused(counts: np.ndarray) -> None:
+    record = private_scores_record("a", HISTOGRAM, counts)
+    with pytest.raises(RunError, match="misshapen, of another type or not finite"):
+        read_private_scores(record)
+
+
+PRIVATE_BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "marked exact": ({"release": "exact"}, "not marked as a private release"),
+    "a key more": ({"counts": [1, 2]}, "expected a site's name, a release and a plan"),
+    "no name": ({"site": 3}, "expected a site's name"),
+    "a plan with too many bins": ({"plan": to_dict(HISTOGRAM) | {"bins": 40}}, r"histogram\.bins=40"),
+    "a plan with a key more": ({"plan": to_dict(HISTOGRAM) | {"seed": 1}}, r"histogram\.seed"),
+    "a plan of another type": ({"plan": to_dict(HISTOGRAM) | {"delta": "0"}}, r"histogram\.delta='0'"),
+}
+
+
+@pytest.mark.parametrize("name", PRIVATE_BAD)
+def test_private_scores_that_no_site_of_this_version_sends_are_refused(name: str) -> None:
+    change, message = PRIVATE_BAD[name]
+    record = private_scores_record("a", HISTOGRAM, np.zeros((2, 10)))
+    values = json.loads(str(record.config_records["private_scores"]["json"])) | change
+    record["private_scores"] = ConfigRecord({"json": json.dumps(values)})
+    with pytest.raises(FedmedError, match=message):
+        read_private_scores(record)
+
+
+def test_private_scores_hold_one_array() -> None:
+    record = private_scores_record("a", HISTOGRAM, np.zeros((2, 10)))
+    record["more"] = ArrayRecord(OrderedDict(counts=Array(np.zeros(3))))
+    with pytest.raises(RunError, match="expected one array"):
+        read_private_scores(record)

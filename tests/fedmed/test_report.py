@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import pytest
 
 from fedmed.errors import PrivacyError
+from fedmed.private_metrics import NoisyHistogram, bin_edges
 from fedmed.report.html import write_report
 
 ADJACENCY = "add or remove one patient with all of its records"
@@ -53,6 +55,7 @@ def private_run() -> tuple[dict[str, Any], list[dict[str, Any]]]:
             "assumption": "a patient's records are at one site",
         },
         "in_words": "Someone half sure that a patient took part can become at most 90% sure (up to delta).",
+        "metrics": {"release": "exact"},
         "outside": ["hyperparameters were tuned outside epsilon", "pretraining data is outside epsilon"],
     }
     summary = {
@@ -213,6 +216,67 @@ def test_not_private_report_has_the_banner_and_no_epsilon(tmp_path: Path, leftov
     assert "epsilon" not in source.lower()
     assert not [number for number in [*PRINTED.values(), "1e−4"] if number in page.text]
     assert "0.778" in page.text
+
+
+def privately(summary: dict[str, Any], history: list[dict[str, Any]], counts: float) -> None:
+    """Turn a run into one with private metrics of this many patients a cell."""
+    found = NoisyHistogram(np.full((2, 4), counts), 2.0, bin_edges(4))
+    summary["test"] = {
+        "release": "private", "covered_by_epsilon": True, "expected_auc_error": 0.0321,
+        "sites": {"Cleveland": found.figures()}, **found.all_figures(),
+    }  # fmt: skip
+    summary["privacy"]["metrics"] = {"release": "private", "expected_auc_error": 0.0321}
+    for spent in summary["privacy"]["sites"].values():
+        spent |= {"epsilon_training": 1.8181, "epsilon_metrics": 0.9191}
+    for entry in history:
+        entry |= {"auc": None, "accuracy": None, "site_metrics": {}, "evaluated": False}
+
+
+def test_private_metrics_are_marked_and_both_parts_of_epsilon_stand_beside_their_claim(
+    tmp_path: Path,
+) -> None:
+    summary, history = private_run()
+    privately(summary, history, 30.0)
+    source, page = render(tmp_path, (summary, history))
+    assert "private, covered by epsilon" in page.text
+    assert not re.search(r"\bexact\b", re.sub(r"<style>.*?</style>", "", source, flags=re.DOTALL))
+    for part in ("1.82", "0.92"):
+        (block,) = [block for block in page.blocks if part in block]
+        assert "unit: one patient" in block
+        assert "PLD accountant" in block
+        assert "both are charged" in block.lower()
+    assert "0.032" in page.text
+    assert re.search(r"Brier score \d\.\d{3} \d\.\d{3} to \d\.\d{3}", page.text)
+    # Nothing was evaluated in between, so that there is no curve of it.
+    assert "AUC per round" not in source
+    assert "no answer" in page.text
+    assert "None" not in page.text
+
+
+def test_private_figures_within_the_noise_are_too_few(tmp_path: Path) -> None:
+    summary, history = private_run()
+    privately(summary, history, 0.5)
+    _, page = render(tmp_path, (summary, history))
+    assert "too few" in page.text
+    assert "one class" not in page.text
+    assert "Brier" not in page.text
+
+
+def test_a_run_without_metrics_says_so(tmp_path: Path) -> None:
+    summary, history = private_run()
+    summary["test"] = {
+        "release": "none",
+        "covered_by_epsilon": False,
+        "auc": None,
+        "accuracy": None,
+        "sites": {},
+    }
+    summary["privacy"]["metrics"] = {"release": "none"}
+    for entry in history:
+        entry |= {"auc": None, "accuracy": None, "site_metrics": {}}
+    _, page = render(tmp_path, (summary, history))
+    assert "not evaluated (privacy.metrics=none)" in page.text
+    assert "exact" not in page.text
 
 
 def test_names_are_text_never_markup(tmp_path: Path) -> None:
