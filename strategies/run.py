@@ -17,7 +17,7 @@ from fedmed.models.build import build as build_model
 from fedmed.models.classifier import Classifier
 from fedmed.models.export import export, write_card
 from fedmed.privacy.accounting import round_up
-from fedmed.privacy.plan import PrivacyPlan, make_plan
+from fedmed.privacy.plan import PrivacyPlan, check_sampler, make_plan
 from fedmed.records import Instruction
 from fedmed.report.html import write_report
 from fedmed.resources import PeakMemory
@@ -50,6 +50,8 @@ def run(config: RunConfig, grid: Grid) -> Path:
         config = _asked(config, plans)
         # Before the grid forks its workers, so that they share the loaded model.
         model = build_model(config.task, config.model, config.adapter)
+        if config.private:
+            check_sampler(plans.values(), parameters=model.trainable)
         sites = Sites(grid, config.federation.timeout)
         quotes = sites.connect(Instruction.of(config, plans, run_id="quote", round=0))
         for site, quote in quotes.items():
