@@ -1,8 +1,8 @@
-"""`fedmed site`: a site's folder and its policy. Heavy imports wait until a command runs."""
+"""`fedmed site`: a site's folder, its policy, and the runs that wait for a person. Heavy imports wait until a command runs."""
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -39,10 +39,35 @@ Examples:
   fedmed site policy /srv/fedmed --json
 """
 
+REQUESTS_HELP = """List the runs that were asked for: who waits, what was decided.
+
+\b
+Examples:
+  fedmed site requests /srv/fedmed
+  fedmed site requests /srv/fedmed --json
+"""
+
+APPROVE_HELP = """Approve a run: exactly what was asked for, which a change of its settings asks for anew.
+
+\b
+Examples:
+  fedmed site approve /srv/fedmed demo-1f2e3d4c5b6a --why "ethics vote 12/26"
+"""
+
+REFUSE_HELP = """Refuse a run.
+
+\b
+Examples:
+  fedmed site refuse /srv/fedmed demo-1f2e3d4c5b6a --why "no vote for this task"
+"""
+
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 # Hidden: described in the help's text, where Typer 0.20 under click 8.5 would lose its line.
 Folder = Annotated[Path, typer.Argument(metavar="DIR", hidden=True)]
+Run = Annotated[str, typer.Argument(metavar="RUN", hidden=True)]
+Why = Annotated[str, typer.Option(metavar="TEXT", help="The reason, for the record.")]
+By = Annotated[str | None, typer.Option(metavar="NAME", help="Who decides; else this account's name.")]
 
 
 def add_commands(root: typer.Typer) -> None:
@@ -78,6 +103,74 @@ def policy(
 
     opened = SiteFolder.open(folder).policy
     typer.echo(_as_json(opened) if as_json else _as_text(opened))
+
+
+@app.command("requests", help=REQUESTS_HELP)
+def requests(
+    folder: Folder,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Print every run that was asked for, and what became of it."""
+    from clients.officer import opened
+
+    with opened(folder) as guard:
+        account = guard.ledger.account
+        found = {
+            run: {
+                **what,
+                "decision": _decision(account.decisions.get(run), what),
+            }
+            for run, what in account.requests.items()
+        }
+    if as_json:
+        typer.echo(json.dumps(found, indent=2, allow_nan=False))
+        return
+    for run, what in found.items():
+        cost = what["not_private"] and f"NOT PRIVATE ({what['not_private']})"
+        cost = cost or f"epsilon {what['epsilon']:.2f} at delta {what['delta']:g}"
+        typer.echo(f"{run}: {what['decision']}")
+        typer.echo(
+            f"  {what['task']}; {what['model']}, {what['adapter']}; {what['rounds']} rounds; {cost}; "
+            f"metrics: {what['metrics']}"
+        )
+    if not found:
+        typer.echo("no run was asked for")
+
+
+def _decision(decision: "dict[str, Any] | None", what: "dict[str, Any]") -> str:
+    if decision is None or decision["what"]["digest"] != what["digest"]:
+        return "waiting"
+    return f"{'approved' if decision['approved'] else 'refused'} by {decision['by']}: {decision['why']}"
+
+
+@app.command("approve", help=APPROVE_HELP)
+def approve(folder: Folder, run: Run, why: Why = "no reason given", by: By = None) -> None:
+    """Write the approval into the ledger."""
+    _decide(folder, run, approved=True, why=why, by=by)
+
+
+@app.command("refuse", help=REFUSE_HELP)
+def refuse(
+    folder: Folder,
+    run: Run,
+    why: Annotated[str, typer.Option(metavar="TEXT", help="The reason, for the record.")],
+    by: By = None,
+) -> None:
+    """Write the refusal into the ledger."""
+    _decide(folder, run, approved=False, why=why, by=by)
+
+
+def _decide(folder: Path, run: str, *, approved: bool, why: str, by: str | None) -> None:
+    from clients.officer import opened, person
+    from fedmed.errors import ConfigError, nearest
+
+    with opened(folder) as guard:
+        waiting = guard.ledger.account.requests
+        if run not in waiting:
+            hint = nearest(run, waiting) if waiting else "nobody asked for a run"
+            raise ConfigError(f"run '{run}': not asked for here; {hint}")
+        guard.ledger.decide(run, approved=approved, by=person(by), why=why, what=waiting[run])
+    typer.echo(f"{run}: {'approved' if approved else 'refused'}")
 
 
 def _as_json(policy: "Policy") -> str:

@@ -15,7 +15,7 @@ from fedmed.config import TrainingConfig
 from fedmed.data.dataset import SiteDataset
 from fedmed.models.classifier import INFERENCE_BATCH, Arrays, Batch, Classifier, select
 from fedmed.privacy.dpsgd import PatientOptimizer, check_sound, private_step
-from fedmed.privacy.plan import PrivacyPlan
+from fedmed.privacy.plan import PrivacyPlan, check_sampler
 from fedmed.privacy.randomness import RandomSource
 
 # Held at once where no physical batch size is set: bytes of per-record gradients, and records, whose
@@ -128,6 +128,9 @@ def _train_private(
     source: RandomSource,
 ) -> int:
     check_sound(model)
+    # Whatever a seed repeats is NOT PRIVATE, and has no delta.
+    if source.private:
+        check_sampler([plan], parameters=model.trainable)
     wrapped = GradSampleModule(model, loss_reduction="sum")
     private = PatientOptimizer(optimizer, plan=plan, source=source)
     private.attach_step_hook(pull_back)

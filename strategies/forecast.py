@@ -12,7 +12,7 @@ from fedmed.data.dataset import Manifest, SiteDataset
 from fedmed.data.sentences import synthetic_sentences
 from fedmed.data.table import feature_names
 from fedmed.models.build import build
-from fedmed.privacy.plan import PrivacyPlan, make_plan
+from fedmed.privacy.plan import PrivacyPlan, check_sampler, make_plan
 from fedmed.privacy.randomness import seeded
 from fedmed.records import Instruction, array_bytes, instruction_record
 from fedmed.training import local_parts, one_thread, train
@@ -26,6 +26,8 @@ def forecast(config: RunConfig) -> dict[str, Any]:
     one_thread()
     plans = {site: make_plan(config, site) for site in config.task.declared_sizes}
     model = build(config.task, config.model, config.adapter)
+    if config.private:
+        check_sampler(plans.values(), parameters=model.trainable)
     instruction = Instruction.of(config, plans, run_id="forecast", round=1)
     # Both ways the same arrays, as they travel: headers too.
     size = array_bytes(instruction_record(instruction, model.initialise(config.seed)))

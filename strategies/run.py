@@ -18,9 +18,9 @@ from fedmed.models.build import build as build_model
 from fedmed.models.classifier import Classifier
 from fedmed.models.export import export, write_card
 from fedmed.privacy.accounting import round_up
-from fedmed.privacy.histogram import metrics_plans, site_epsilon
-from fedmed.privacy.plan import PrivacyPlan, make_plan
-from fedmed.records import Instruction, Quote
+from fedmed.privacy.histogram import HistogramPlan, metrics_plans, site_epsilon
+from fedmed.privacy.plan import PrivacyPlan, check_sampler, make_plan
+from fedmed.records import Instruction
 from fedmed.report.html import write_report
 from fedmed.resources import PeakMemory
 from fedmed.tracking import Tracker, make_tracker
@@ -51,28 +51,17 @@ def run(config: RunConfig, grid: Grid) -> Path:
         folder = RunFolder(Path(config.resume)) if config.resume else None
         plans = _plans(config, folder)
         config = _asked(config, plans)
+        # Refuses what is not worth its epsilon.
         histograms = metrics_plans(config.task, config.privacy)
         # Before the grid forks its workers, so that they share the loaded model.
         model = build_model(config.task, config.model, config.adapter)
+        if config.private:
+            check_sampler(plans.values(), parameters=model.trainable)
         run_id = folder.run_id if folder else f"{config.name}-{secrets.token_hex(6)}"
         heads: list[tuple[str, str, str]] = []
         sites = Sites(grid, config.federation.timeout, received=lambda *head: heads.append(head))
         launch = Instruction.of(config, plans, run_id=run_id, round=0)
-        quotes = _quotes(config, sites, launch, console)
-        for site, quote in quotes.items():
-            if quote.declared_size != plans[site].declared_size:
-                raise ConfigError(
-                    f"site '{site}' declares {quote.declared_size} patients, the run another number"
-                )
-            ours = site_epsilon(plans[site], histograms.get(site))
-            if config.private and quote.epsilon is not None and quote.epsilon > ours * 1.001:
-                raise ConfigError(
-                    f"site '{site}' accounts epsilon {quote.epsilon}, the run less; same versions?"
-                )
-        if folder is None:
-            folder = RunFolder.create(config, plans, run_id=run_id)
-        else:
-            folder.change(config, plans)
+        folder = _admitted(config, plans, histograms, sites, launch, console, folder)
         ok, where = False, None
         sites.received = folder.receive
         try:
@@ -121,17 +110,43 @@ def run(config: RunConfig, grid: Grid) -> Path:
     return folder.path
 
 
-def _quotes(config: RunConfig, sites: Sites, launch: Instruction, console: RunConsole) -> dict[str, Quote]:
-    """Each site's quote. A run that does not start gives back what other sites had promised it already."""
+def _admitted(
+    config: RunConfig,
+    plans: dict[str, PrivacyPlan],
+    histograms: dict[str, HistogramPlan],
+    sites: Sites,
+    launch: Instruction,
+    console: RunConsole,
+    folder: RunFolder | None,
+) -> RunFolder:
+    """The run's folder, once every site has agreed to the run and, where it keeps a ledger, promised its budget.
+
+    A run that does not start gives back what some sites have promised already.
+    """
 
     def waits(reasons: dict[str, str]) -> None:
         for site, reason in sorted(reasons.items()):
             console.say(f"site '{site}': {reason}: fedmed site approve {launch.run_id}")
 
     try:
-        return sites.connect(launch, approval_timeout=config.federation.approval_timeout, waits=waits)
+        quotes = sites.connect(launch, approval_timeout=config.federation.approval_timeout, waits=waits)
+        for site, quote in quotes.items():
+            if quote.declared_size != plans[site].declared_size:
+                raise ConfigError(
+                    f"site '{site}' declares {quote.declared_size} patients, the run another number"
+                )
+            ours = site_epsilon(plans[site], histograms.get(site))
+            if config.private and quote.epsilon is not None and quote.epsilon > ours * 1.001:
+                raise ConfigError(
+                    f"site '{site}' accounts epsilon {quote.epsilon}, the run less; same versions?"
+                )
+        if folder is None:
+            return RunFolder.create(config, plans, run_id=launch.run_id)
+        folder.change(config, plans)
+        return folder
     except BaseException:
-        sites.end(launch)
+        if folder is None:
+            sites.end(launch)
         raise
 
 

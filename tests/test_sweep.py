@@ -27,12 +27,12 @@ FAILING = f"""
 import strategies.run
 from fedmed.errors import RunError
 create = strategies.run.RunFolder.create
-def broken(config, plans):
+def broken(config, plans, **rest):
     if config.seed == 1:
         raise ValueError("{CANARY}")
     if config.seed == 2:
         raise RunError("round 1: 1 good replies of 4 sites")
-    return create(config, plans)
+    return create(config, plans, **rest)
 strategies.run.RunFolder.create = broken
 strategies.run.write_report = lambda *_: None
 """

@@ -41,6 +41,11 @@ class Classifier(nn.Module):
         """The trainable parameters by name, in a fixed order: what travels."""
         return {name: p for name, p in sorted(self.named_parameters()) if p.requires_grad}
 
+    @property
+    def trainable(self) -> int:
+        """The number of trainable parameters: each is noised in every private step."""
+        return sum(p.numel() for p in self.adapter().values())
+
     def initialise(self, seed: int) -> Arrays:
         """Set the adapter to where a run with this seed starts, and return copies of its arrays.
 

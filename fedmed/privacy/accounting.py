@@ -17,6 +17,9 @@ ACCOUNTANTS = {"pld": PLDAccountant, "rdp": RdpAccountant}
 BINDING = "pld"
 # A larger one protects nobody, and PLD would take minutes to say how large it is.
 LARGEST_EPSILON = 1000.0
+# Of every delta this share is kept for the numerical error of the Gaussian sampler (`plan.check_sampler`), and
+# epsilon is that of the ideal mechanism at the rest.
+NUMERICAL_SHARE = 0.01
 
 # The RDP accountant warns about each order that it leaves out of its minimum; leaving one out is sound.
 absl.logging.set_verbosity(absl.logging.ERROR)
@@ -24,7 +27,7 @@ absl.logging.set_verbosity(absl.logging.ERROR)
 
 @lru_cache(maxsize=4096)
 def epsilon_of(event: DpEvent, *, delta: float, accountant: str = BINDING) -> float:
-    """The epsilon of an event under adding or removing one unit.
+    """The epsilon of an event under adding or removing one unit, with `NUMERICAL_SHARE` of delta set aside.
 
     Raises:
         PrivacyError: the accountant does not support the event, or it costs more than `LARGEST_EPSILON`.
@@ -43,7 +46,7 @@ def epsilon_of(event: DpEvent, *, delta: float, accountant: str = BINDING) -> fl
         raise PrivacyError(
             f"the {accountant} accountant cannot compose {type(event).__name__}; refused"
         ) from None
-    return float(ledger.get_epsilon(delta))
+    return float(ledger.get_epsilon(delta * (1 - NUMERICAL_SHARE)))
 
 
 def composed_epsilon(events: Iterable[DpEvent], *, delta: float, accountant: str = BINDING) -> float:

@@ -18,7 +18,7 @@ from dp_accounting import NeighboringRelation, UnsupportedEventError
 from dp_accounting.rdp import RdpAccountant
 
 from fedmed.errors import PrivacyError, require
-from fedmed.privacy.accounting import composed_epsilon
+from fedmed.privacy.accounting import NUMERICAL_SHARE, composed_epsilon
 from fedmed.privacy.events import from_json
 
 ORDERS = range(2, 513)
@@ -27,11 +27,13 @@ Charges = Mapping[str, int]
 
 
 def renyi_budget(*, epsilon: float, delta: float, order: int) -> float:
-    """The largest Renyi divergence at `order` that implies (epsilon, delta)-DP.
+    """The largest Renyi divergence at `order` that implies (epsilon, delta)-DP, with the share of delta set aside
+    that covers the sampler.
 
     Canonne, Kamath and Steinke 2020, proposition 12, solved for the divergence; negative where none does.
     """
-    return epsilon - math.log1p(-1 / order) + math.log(delta * order) / (order - 1)
+    left = delta * (1 - NUMERICAL_SHARE)
+    return epsilon - math.log1p(-1 / order) + math.log(left * order) / (order - 1)
 
 
 def best_order(*, epsilon: float, delta: float) -> int:

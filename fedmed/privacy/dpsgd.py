@@ -1,7 +1,7 @@
 """DP-SGD with the patient as the unit: combine a patient's gradients, then clip (privacy.md, rules 4 to 8).
 
 Opacus computes per-record gradients and steps the optimizer; here a patient's gradients are combined
-before Opacus clips, and the noise comes from the site's own source.
+before they are clipped, summed and noised as integers, and the noise comes from the site's own source.
 """
 
 import warnings
@@ -10,9 +10,11 @@ from collections.abc import Iterable
 import torch
 from opacus.grad_sample import GradSampleModule
 from opacus.optimizers import DPOptimizer
+from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
 from torch import Tensor, nn
 
 from fedmed.errors import PrivacyError
+from fedmed.privacy.clipping import clipped_sum, noised
 from fedmed.privacy.plan import PrivacyPlan
 from fedmed.privacy.randomness import RandomSource
 
@@ -21,9 +23,10 @@ warnings.filterwarnings("ignore", message="Full backward hook is firing", catego
 
 
 class PatientOptimizer(DPOptimizer):
-    """Opacus's optimizer with its noise drawn from a `RandomSource`, in float64.
+    """Opacus's optimizer with clipping, sum and noise on the plan's integer grid (privacy.md, rule 10).
 
-    `noise_draws` counts the steps that were noised, so that what ran can be held against what was accounted.
+    `p.summed_grad` is int64, in cells, however many pieces a batch comes in. `noise_draws` counts the steps
+    that were noised, so that what ran can be held against what was accounted.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, plan: PrivacyPlan, source: RandomSource) -> None:
@@ -33,16 +36,33 @@ class PatientOptimizer(DPOptimizer):
             max_grad_norm=plan.max_grad_norm,
             expected_batch_size=plan.expected_batch,
         )
-        self.plan = plan
+        self.grid = plan.grid
         self.source = source
         self.noise_draws = 0
+        self._patients = 0
+
+    def clip_and_accumulate(self) -> None:
+        """Add the patients' clipped and truncated gradients to `p.summed_grad`.
+
+        Raises:
+            PrivacyError: with those of earlier pieces they are more than the grid can sum.
+        """
+        gradients = self.grad_samples
+        self._patients += len(gradients[0])
+        self.grid.check_fits(self._patients)
+        for p, cells in zip(self.params, clipped_sum(gradients, grid=self.grid), strict=True):
+            _check_processed_flag(p.grad_sample)
+            p.summed_grad = cells if p.summed_grad is None else p.summed_grad + cells
+            _mark_as_processed(p.grad_sample)
 
     def add_noise(self) -> None:
         """Sum of clipped gradients plus the plan's Gaussian, into `p.grad`."""
         for p in self.params:
-            noise = torch.from_numpy(self.plan.noise(tuple(p.shape), self.source))
-            p.grad = (p.summed_grad.double() + noise.to(p.device)).to(p.dtype).view_as(p)
+            _check_processed_flag(p.summed_grad)
+            p.grad = noised(p.summed_grad, grid=self.grid, source=self.source).to(p.dtype).view_as(p)
+            _mark_as_processed(p.summed_grad)
         self.noise_draws += 1
+        self._patients = 0
 
 
 def combine_patients(grad_sample: Tensor, patient_of_record: Tensor, patients: int) -> Tensor:
@@ -84,7 +104,7 @@ def private_step(
     Args:
         chunks: per-record losses (records,), the patient of each record, and the number of patients; every
             patient lies in one chunk. They are consumed one at a time: the sum of the clipped gradients
-            does not depend on how the batch was split.
+            does not depend on how the batch was split, to the last bit.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     for losses, patient_of_record, patients in chunks:

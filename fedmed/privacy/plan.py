@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import dp_accounting
@@ -10,7 +11,9 @@ from numpy.typing import NDArray
 
 from fedmed.config import PrivacyConfig, RunConfig
 from fedmed.errors import PrivacyError, require
-from fedmed.privacy.accounting import calibrate_noise, epsilon_of
+from fedmed.privacy.accounting import NUMERICAL_SHARE, calibrate_noise, composed_epsilon, epsilon_of
+from fedmed.privacy.gaussian import SAMPLER_ERROR
+from fedmed.privacy.grid import Grid
 from fedmed.privacy.randomness import RandomSource
 from fedmed.task import TableTaskConfig
 
@@ -62,6 +65,17 @@ class PrivacyPlan:
         """The divisor of every step: a constant, from the declared size, whatever the batch turns out to be."""
         return self.sample_rate * self.declared_size
 
+    @property
+    def grid(self) -> Grid:
+        """The integers on which a step's gradients are clipped, summed and noised.
+
+        Raises:
+            PrivacyError: a gradient, or as many as the declared size, would not fit.
+        """
+        grid = Grid(noise_multiplier=self.noise_multiplier, max_grad_norm=self.max_grad_norm)
+        grid.check_fits(self.declared_size)
+        return grid
+
     def event(self, rounds: int | None = None) -> dp_accounting.DpEvent:
         """What the first `rounds` (default: all) rounds cost one patient, as dp-accounting composes it."""
         steps = self.steps_per_round * (self.rounds if rounds is None else rounds)
@@ -71,7 +85,10 @@ class PrivacyPlan:
         return dp_accounting.SelfComposedDpEvent(step, steps)
 
     def epsilon(self, *, rounds: int | None = None, accountant: str = "pld") -> float:
-        """Epsilon at the plan's delta after `rounds` (default: all) rounds; infinite without noise."""
+        """Epsilon at the plan's delta after `rounds` (default: all) rounds; infinite without noise.
+
+        It covers the sampler's numerical error, where `check_sampler` lets the plan run.
+        """
         if rounds == 0:
             return 0.0
         return epsilon_of(self.event(rounds), delta=self.delta, accountant=accountant)
@@ -91,11 +108,6 @@ class PrivacyPlan:
         """The patients of one step: each of the `patients` that the site holds, independently, with
         probability `sample_rate`."""
         return np.flatnonzero(source.uniform(patients) < self.sample_rate)
-
-    def noise(self, shape: tuple[int, ...], source: RandomSource) -> NDArray[np.float64]:
-        """The Gaussian that is added to a step's sum of clipped gradients."""
-        draws = source.normal(int(np.prod(shape)))
-        return (self.noise_multiplier * self.max_grad_norm * draws).reshape(shape)
 
 
 def make_plan(config: RunConfig, site: str) -> PrivacyPlan:
@@ -131,6 +143,30 @@ def make_plan(config: RunConfig, site: str) -> PrivacyPlan:
     if privacy.epsilon is not None:
         return plan.calibrate(epsilon=privacy.epsilon)
     return dataclasses.replace(plan, noise_multiplier=privacy.noise_multiplier)
+
+
+def check_sampler(plans: Iterable[PrivacyPlan], *, parameters: int) -> None:
+    """Refuse runs whose draws could differ from the ideal Gaussian by more than delta has kept for it.
+
+    If every output is within a total variation distance e of an (epsilon, d)-private one, it is
+    (epsilon, d + (1 + exp(epsilon)) e)-private. e is at most the number of draws (steps times trainable
+    `parameters`, over all plans) times `SAMPLER_ERROR`; epsilon is that of a patient in all the plans.
+
+    Raises:
+        PrivacyError: the smallest delta's `NUMERICAL_SHARE` does not cover it.
+    """
+    plans = list(plans)
+    delta = min(plan.delta for plan in plans)
+    epsilon = composed_epsilon([plan.event() for plan in plans], delta=delta)
+    draws = parameters * sum(plan.steps for plan in plans)
+    # As logarithms: exp(1000) is no float.
+    error = float(np.logaddexp(0, epsilon)) + math.log(draws * SAMPLER_ERROR)
+    if error > math.log(NUMERICAL_SHARE * delta):
+        added, kept = math.exp(min(error, 0)), NUMERICAL_SHARE * delta
+        raise PrivacyError(
+            f"at epsilon {epsilon:.3g} the numerical error of {draws} Gaussian draws adds {added:.1g} to delta, of "
+            f"which {kept:.1g} was kept for it: lower privacy.epsilon, rounds or the adapter's size"
+        )
 
 
 def declared_delta(task: TableTaskConfig, privacy: PrivacyConfig, site: str) -> float:

@@ -152,6 +152,8 @@ def test_an_update_depends_on_training_records_alone() -> None:
 class SharedNoise:
     """Its Gaussian does not depend on how many uniforms were drawn before: a coupling of two data sets."""
 
+    private = False
+
     def __init__(self) -> None:
         self.uniform, self.normal = seeded(3).uniform, seeded(4).normal
 
@@ -191,6 +193,8 @@ def test_at_most_k_records_of_a_patient_enter_a_step() -> None:
 
 class Scripted:
     """A source that answers as told, so that anything chosen elsewhere than from it shows."""
+
+    private = False
 
     def __init__(self, uniform: float, *, last: bool = True) -> None:
         self.value, self.last, self.uniforms = uniform, last, 0
@@ -246,6 +250,15 @@ def test_steps_of_a_round_are_sampled_anew() -> None:
     # Twenty draws at 1/2; one sample used twenty times would give 0s and 20s.
     assert times.min() > 0
     assert times.max() < 20
+
+
+def test_training_refuses_draws_that_delta_cannot_pay_for() -> None:
+    """privacy.md, rule 10: before the data is used; a seeded run has no delta to pay with."""
+    config, model, data, plan = setting()
+    poor = dataclasses.replace(plan, delta=1e-17)
+    with pytest.raises(PrivacyError, match="numerical error of"):
+        update((config, model, data, poor), operating_system())
+    update((config, model, data, poor), seeded(1))
 
 
 def test_an_unsound_network_is_refused_before_it_is_trained() -> None:

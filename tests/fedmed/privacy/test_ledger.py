@@ -134,8 +134,9 @@ def test_a_full_filter_is_the_budget_by_dp_accounting_itself(epsilon: float, del
     )
     for text, times in charges.items():
         alone.compose(from_json(text), times)
-    assert 0.9 * epsilon < alone.get_epsilon(delta) <= epsilon
-    assert budget.spent(charges) == pytest.approx(alone.get_epsilon(delta), rel=1e-9)
+    # A hundredth of delta is kept for the sampler.
+    assert 0.9 * epsilon < alone.get_epsilon(0.99 * delta) <= epsilon
+    assert budget.spent(charges) == pytest.approx(alone.get_epsilon(0.99 * delta), rel=1e-9)
     # PLD, which would bind for a fixed plan, says less.
     assert pld_epsilon(charges, delta=delta) < budget.spent(charges)
 

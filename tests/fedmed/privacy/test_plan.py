@@ -7,7 +7,9 @@ import pytest
 
 from fedmed.compose import compose
 from fedmed.errors import ConfigError, PrivacyError
-from fedmed.privacy.plan import make_plan
+from fedmed.privacy.accounting import NUMERICAL_SHARE
+from fedmed.privacy.gaussian import SAMPLER_ERROR
+from fedmed.privacy.plan import check_sampler, make_plan
 from fedmed.privacy.randomness import seeded
 from tests.conftest import count
 from tests.fedmed.privacy.test_accounting import make
@@ -68,12 +70,33 @@ def test_patients_are_sampled_independently_with_the_plan_s_rate() -> None:
     assert np.abs(share - 0.3).max() < 6 * np.sqrt(0.21 / draws)
 
 
-def test_the_noise_has_the_plan_s_deviation_whatever_the_shape() -> None:
+def test_the_noise_has_the_plan_s_deviation() -> None:
     plan = make(noise_multiplier=3.0, max_grad_norm=0.5)
-    noise = plan.noise((count(200, 2_000), 1_000), seeded(7))
-    assert noise.dtype == np.float64
+    noise = plan.grid.noise(count(200_000, 2_000_000), seeded(7)) * plan.grid.cell
     assert noise.std() == pytest.approx(1.5, rel=0.01)
     assert abs(noise.mean()) < 6 * 1.5 / np.sqrt(noise.size)
+
+
+def test_a_plan_whose_sums_could_overflow_is_refused() -> None:
+    with pytest.raises(PrivacyError, match="overflow 64 bits"):
+        _ = make(noise_multiplier=1e-10, declared_size=100_000).grid
+    assert make(noise_multiplier=0.1, declared_size=10**11).grid.most_patients > 10**11
+
+
+def test_numerical_error_beyond_what_delta_keeps_is_refused() -> None:
+    """privacy.md, rule 10: the error is (1 + e^epsilon) * steps * parameters * error of a draw, of 1% of delta."""
+    plan = make(sample_rate=1.0)
+    share = NUMERICAL_SHARE * plan.delta
+    most = int(share / (1 + np.exp(plan.epsilon())) / plan.steps / SAMPLER_ERROR)
+    check_sampler([plan], parameters=int(most * 0.999))
+    with pytest.raises(PrivacyError, match=r"lower privacy\.epsilon, rounds or the adapter's size"):
+        check_sampler([plan], parameters=int(most * 1.001))
+    # A patient at two sites meets twice the draws, and the epsilon of both.
+    with pytest.raises(PrivacyError, match="numerical error"):
+        check_sampler([plan, plan], parameters=most // 2)
+    # A large model at a large epsilon is far from it, and so is a small one at one that protects nobody.
+    check_sampler([make(sample_rate=1.0, noise_multiplier=3.0, delta=1e-7)], parameters=10**9)
+    check_sampler([make(sample_rate=1.0, noise_multiplier=1.0)], parameters=10_000)
 
 
 def test_a_plan_cannot_be_changed_in_place() -> None:
