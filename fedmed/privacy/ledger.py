@@ -154,9 +154,9 @@ class Ledger:
     # The life of a run.
 
     def request(self, run: str, *, what: dict[str, Any]) -> None:
-        """Record that a run was asked for which waits for a person; once."""
+        """Record that a run was asked for which waits for a person; once, unless it asks for something else."""
         with self._transaction():
-            if run not in self.account.requests:
+            if self.account.requests.get(run) != what:
                 self._append({"kind": "request", "run": run, "what": what})
 
     def hold(self, run: str, *, cohort: str, purpose: str, event: str, rounds: int) -> Hold:
