@@ -11,8 +11,8 @@ from typing import Any
 from results import FOLDER, SETTINGS, Row, Setting, read_rows, spread
 
 # Okabe and Ito's colour-blind-safe hues, darkened; markers tell the series apart without colour.
-SERIES = {"head": ("#0072b2", "o"), "logistic10": ("#00805d", "^")}
-NAMES = {"head": "head", "logistic10": "logistic regression"}
+SERIES = {"head": ("#0072b2", "o"), "lora": ("#c44e00", "s"), "logistic10": ("#00805d", "^")}
+NAMES = {"head": "head", "lora": "LoRA, last 3 of 6 blocks", "logistic10": "logistic regression"}
 TICKS = {"eps1": 0.0, "eps3": 1.0, "off": 2.0}
 INK, MUTED = "#1c2024", "#5b636b"
 

@@ -52,6 +52,10 @@ SETTINGS = (
         name="head-off", label="head, NOT PRIVATE", overrides="experiment=demo privacy=off", target=0.875
     ),
     Setting(
+        name="lora-off", label="LoRA in the last 3 of 6 blocks, NOT PRIVATE", overrides="experiment=heart_lora",
+        target=0.90,
+    ),
+    Setting(
         name="logistic10-eps1", label="logistic, 10 features, epsilon 1", overrides="experiment=heart10",
         draws=DRAWS, metric=ACCURACY, target=0.78,
     ),
