@@ -158,7 +158,7 @@ def set_budget(
 ) -> None:
     """Hold it against site.yaml, write it into the ledger, print what is left."""
     from fedmed.errors import require
-    from fedmed.privacy.accounting import round_up
+    from fedmed.privacy.budget import divergence
 
     with opened(site) as guard:
         most = guard.folder.policy
@@ -175,10 +175,10 @@ def set_budget(
             f"at most delta_total={most.delta_total:g} of site.yaml",
         )
         made = guard.ledger.set_budget(name, epsilon=epsilon, delta=delta, by=person(by), why=why)
-        spent = made.spent(guard.ledger.account.cohort(name).charges)
+        charges = guard.ledger.account.cohort(name).charges
     typer.echo(
         f"cohort '{name}': epsilon {made.epsilon:g} at delta {made.delta:g}, by a Renyi filter of order {made.order}; "
-        f"spent or promised: {round_up(spent):.2f}"
+        f"spent or promised: {100 * divergence(charges, made.order) / made.limit:.1f}% of it"
     )
 
 

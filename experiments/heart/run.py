@@ -4,7 +4,7 @@ Every figure is read from the `summary.json` of a run of the command line. Rows 
 are not run again: the same command continues an interrupted benchmark, and deleting rows repeats them.
 
 Examples:
-  python experiments/heart/run.py                       everything: about five minutes on two cores, and half an hour for LoRA
+  python experiments/heart/run.py                       everything, five minutes on two cores; LoRA half an hour
   python experiments/heart/run.py --quick               smoke test: seed 0, two rounds, nothing kept
   python experiments/heart/run.py --only head-eps3 head-off
   python experiments/heart/run.py --draws 1 --output /tmp/again
