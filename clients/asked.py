@@ -43,14 +43,29 @@ def model_name(model: TextModelConfig | TabularModelConfig) -> str:
     return model.package or PurePath(model.path or "").name
 
 
-def epsilon(plan: "PrivacyPlan") -> tuple[float, str]:
-    """What the whole plan costs, and the same in words: never less than it is."""
+def run_epsilon(instruction: "Instruction", site: str, plan: "PrivacyPlan") -> float:
+    """What the whole run costs at this site: its training, and its metrics where they are private.
+
+    Raises:
+        PrivacyError: it cannot be accounted, or the metrics are not worth their epsilon.
+    """
+    from fedmed.privacy.histogram import metrics_plans, site_epsilon
+
+    return site_epsilon(plan, metrics_plans(instruction.task, instruction.privacy).get(site))
+
+
+def epsilon(instruction: "Instruction", site: str, plan: "PrivacyPlan") -> tuple[float, str]:
+    """`run_epsilon`, infinite where it cannot be said, and the same in words: never less than it is."""
     from fedmed.privacy.accounting import LARGEST_EPSILON, round_up
 
     try:
-        cost = plan.epsilon()
+        plan.epsilon()
     except PrivacyError:
         return math.inf, f"above {LARGEST_EPSILON:g}"
+    try:
+        cost = run_epsilon(instruction, site, plan)
+    except PrivacyError:
+        return math.inf, "private metrics that are not worth their epsilon"
     return cost, str(round_up(cost, digits=4))
 
 

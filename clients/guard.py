@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from flwr.app import RecordDict
 
 from clients import site as local_site
-from clients.asked import model_name, not_private
+from clients.asked import model_name, not_private, run_epsilon
 from clients.folder import LEDGER, SiteFolder
 from clients.refusal import Refusal, Rule
 from fedmed.errors import FedmedError, ModelError
@@ -327,7 +327,7 @@ def _what(instruction: Instruction, site: str) -> dict[str, Any]:
         "model": model_name(instruction.model),
         "adapter": instruction.adapter.kind,
         "rounds": plan.rounds,
-        "epsilon": None if reason else plan.epsilon(),
+        "epsilon": None if reason else run_epsilon(instruction, site, plan),
         "delta": None if reason else plan.delta,
         "not_private": reason,
         "metrics": _release(instruction),

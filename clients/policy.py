@@ -260,7 +260,7 @@ class Policy(_Section):
             if noisy or rule not in (Rule.MAX_GRAD_NORM, Rule.DELTA):
                 yield rule, asked <= most, str(asked), f"at most {most}"
         if noisy:
-            cost, words = epsilon(plan)
+            cost, words = epsilon(instruction, site, plan)
             yield Rule.EPSILON, cost <= self.epsilon_per_run, words, f"at most {self.epsilon_per_run}"
 
     def _lists(self, model: TextModelConfig | TabularModelConfig) -> bool:

@@ -126,7 +126,7 @@ def _admitted(
 
     def waits(reasons: dict[str, str]) -> None:
         for site, reason in sorted(reasons.items()):
-            console.say(f"site '{site}': {reason}: fedmed site approve {launch.run_id}")
+            console.say(f"site '{site}': {reason}: fedmed site approve DIR {launch.run_id}")
 
     try:
         quotes = sites.connect(launch, approval_timeout=config.federation.approval_timeout, waits=waits)

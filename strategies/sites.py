@@ -82,7 +82,9 @@ class Sites:
         while waiting:
             if time.monotonic() > end:
                 reasons = "; ".join(f"site '{site}': {reason}" for site, reason in sorted(waiting.items()))
-                raise ConfigError(f"{reasons}: fedmed site approve {instruction.run_id}; nobody did in time")
+                raise ConfigError(
+                    f"{reasons}: fedmed site approve DIR {instruction.run_id}; nobody did in time"
+                )
             time.sleep(APPROVAL_POLL)
             quotes = self._quotes(instruction)
             waiting = {site: quote.waiting for site, quote in quotes.items() if quote.waiting}

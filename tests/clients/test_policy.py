@@ -182,6 +182,18 @@ def test_without_noise_nothing_is_said_of_clipping_and_epsilon() -> None:
     assert refusal(policy(max_steps=19), asked("privacy=off")).rule is Rule.STEPS
 
 
+def test_private_metrics_count_towards_the_epsilon_of_a_run() -> None:
+    """Training at 2 and metrics at 2 are more than 3 together; metrics that tell nothing are refused as well."""
+    metrics = ("privacy.epsilon=2", "privacy.metrics=private")
+    assert (
+        refusal(policy(epsilon_per_run=2.5), asked(*metrics, "privacy.metrics_epsilon=2")).rule
+        is Rule.EPSILON
+    )
+    policy(epsilon_per_run=4.0, epsilon_total=8.0).check(asked(*metrics, "privacy.metrics_epsilon=2"), SITE)
+    worthless = refusal(policy(), asked(*metrics, "privacy.metrics_epsilon=0.1"))
+    assert worthless.asked == "private metrics that are not worth their epsilon"
+
+
 def test_an_epsilon_beyond_reckoning_is_refused_in_time() -> None:
     instruction = asked("privacy.epsilon=null", "privacy.noise_multiplier=0.1", "training.sample_rate=1")
     refused = refusal(policy(), instruction)
