@@ -188,6 +188,7 @@ class Guard:
             if attempt.state == "reserved":
                 self.ledger.refund(attempt.nonce, by="site", why="it failed before data was opened")
             raise
+        self.ledger.enrol(attempt.cohort, local_site.pseudonyms(instruction, site, self.folder.split_key))
         return self.gate.release(Privatised(site=site, value=mechanism(), attempt=attempt))
 
     def _check(self, instruction: Instruction, site: str) -> None:

@@ -85,6 +85,17 @@ def load(instruction: Instruction) -> None:
     _model(instruction)
 
 
+def pseudonyms(instruction: Instruction, site: str, split_key: bytes) -> tuple[bytes, ...]:
+    """The keyed hashes of all patients of the site's table; none where it has no patient column. They never leave."""
+    return _pseudonyms(*_key(instruction), site, split_key)
+
+
+@lru_cache(maxsize=16)
+def _pseudonyms(key: str, version: tuple[int, ...], site: str, split_key: bytes) -> tuple[bytes, ...]:
+    del version
+    return read_site(parse("task", json.loads(key)["task"]), site, seed=0, key=split_key).pseudonyms
+
+
 def work(
     instruction: Instruction, site: str, arrays: Arrays, *, split_key: bytes | None = None
 ) -> LocalUpdate:

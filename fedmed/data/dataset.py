@@ -30,6 +30,8 @@ class SiteDataset:
         labels: (records,) float32 of 0 and 1.
         patients: (records,) int64, the same number for all records of a patient.
         test: (records,) bool; all records of a patient fall on one side.
+        pseudonyms: a keyed hash for each patient, by `patients`' number, where the reader was given a key and the
+            table names patients. They stay at the site.
     """
 
     site: str
@@ -39,6 +41,7 @@ class SiteDataset:
     patients: NDArray[np.int64]
     test: NDArray[np.bool_]
     manifest: Manifest
+    pseudonyms: tuple[bytes, ...] = field(default=(), repr=False)
 
     def part(self, *, test: bool) -> NDArray[np.int64]:
         """The indices of the test or the training records."""

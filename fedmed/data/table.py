@@ -6,6 +6,7 @@ with a reason code; no message holds a cell's value.
 """
 
 import hashlib
+import hmac
 import importlib.resources
 import io
 import re
@@ -196,6 +197,7 @@ def read_site(task: TableTaskConfig, site: str, *, seed: int, key: bytes | None 
         labels=positive.astype(np.float32),
         patients=patients,
         test=test,
+        pseudonyms=_pseudonyms(task, names, key),
         manifest=Manifest(
             content_sha256=digest,
             reader=READER,
@@ -206,6 +208,13 @@ def read_site(task: TableTaskConfig, site: str, *, seed: int, key: bytes | None 
             warnings=warnings,
         ),
     )
+
+
+def _pseudonyms(task: TableTaskConfig, names: list[str], key: bytes | None) -> tuple[bytes, ...]:
+    """16 bytes for each patient that only the holder of the key can make, and nobody can read back."""
+    if key is None or task.patient_column is None:
+        return ()
+    return tuple(hmac.digest(key, b"fedmed patient\0" + name.encode(), "sha256")[:16] for name in names)
 
 
 def _record_ids(rows: pd.DataFrame) -> pd.Series:

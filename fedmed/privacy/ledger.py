@@ -15,7 +15,7 @@ import secrets
 import sqlite3
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,6 +38,7 @@ CREATE TABLE entries (
     number INTEGER PRIMARY KEY, body TEXT NOT NULL, hash TEXT NOT NULL UNIQUE, signature BLOB NOT NULL
 );
 CREATE TABLE replies (attempt TEXT PRIMARY KEY, content BLOB NOT NULL);
+CREATE TABLE patients (pseudonym BLOB PRIMARY KEY, cohort TEXT NOT NULL) WITHOUT ROWID;
 """
 
 
@@ -102,6 +103,8 @@ class Ledger:
         self.account = Account()
         self._last = START
         self._last_time = 0.0
+        # Hash of the pseudonyms that were last enrolled, by cohort: a round need not do it again.
+        self._enrolled: dict[str, int] = {}
         with self._errors():
             self._connection = _connect(path)
             self._check_version()
@@ -211,6 +214,36 @@ class Ledger:
     def open_data(self, attempt: Attempt) -> None:
         """From here on the attempt is spent, whatever becomes of it."""
         self._append_all([{"kind": "charge", "state": "opened", "of": attempt.nonce}])
+
+    def enrol(self, cohort: str, pseudonyms: Sequence[bytes]) -> None:
+        """Remember whose data a cohort holds: two cohorts that share a patient must share one budget (rule 3).
+
+        The pseudonyms stay in this file; they are no entries.
+
+        Raises:
+            BudgetError: a patient is in another cohort.
+        """
+        known = self._enrolled.get(cohort)
+        if known == (fresh := hash(tuple(pseudonyms))):
+            return
+        with self._transaction():
+            rows = self._connection.executemany
+            rows("INSERT OR IGNORE INTO patients VALUES (?, ?)", [(p, cohort) for p in pseudonyms])
+            others: set[str] = set()
+            for start in range(0, len(pseudonyms), 500):
+                some = pseudonyms[start : start + 500]
+                marks = ",".join("?" * len(some))
+                found = self._connection.execute(
+                    f"SELECT DISTINCT cohort FROM patients WHERE cohort != ? AND pseudonym IN ({marks})",
+                    (cohort, *some),
+                )
+                others |= {name for (name,) in found}
+            if others:
+                raise BudgetError(
+                    f"cohort '{cohort}' shares patients with '{min(others)}': they must share one budget; name that "
+                    "cohort in site.yaml"
+                )
+        self._enrolled[cohort] = fresh
 
     def commit(self, attempt: Attempt, content: bytes) -> None:
         """Record what is about to leave, and keep it for a repeated request."""

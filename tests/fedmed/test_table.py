@@ -361,3 +361,15 @@ def test_one_record_changes_no_other_records_features_or_text(write: Callable[..
     more = read(write("A,p90,99999,m,1", "A,p91,x,y,z"))
     assert (more.features[:40] == plain.features).all()
     assert more.texts[:40] == plain.texts
+
+
+def test_pseudonyms_are_one_a_patient_and_need_the_site_s_key(write: Callable[..., str]) -> None:
+    """privacy.md, rule 18: nobody without the key can hash a list of names and compare."""
+    task = make_task(write("A,p1,50,f,1"))
+    ours = read_site(task, "A", seed=0, key=b"k" * 32)
+    assert len(ours.pseudonyms) == len(set(ours.pseudonyms)) == ours.patients.max() + 1
+    assert ours.pseudonyms == read_site(task, "A", seed=1, key=b"k" * 32).pseudonyms
+    assert not set(ours.pseudonyms) & set(read_site(task, "A", seed=0, key=b"j" * 32).pseudonyms)
+    assert hashlib.sha256(b"p1").digest()[:16] not in ours.pseudonyms
+    assert read_site(task, "A", seed=0).pseudonyms == ()
+    assert ours.pseudonyms[0].hex() not in repr(ours)

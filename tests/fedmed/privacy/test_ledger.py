@@ -286,6 +286,23 @@ def test_a_budget_keeps_its_delta_and_its_order(path: Path) -> None:
     assert ledger.set_budget("small", epsilon=1.0, delta=None, by="o", why="w").delta == 1 / 2_000_000
 
 
+def test_cohorts_that_share_a_patient_share_one_budget(path: Path) -> None:
+    """privacy.md, rule 3; checked at the site, by pseudonyms that are no entries and do not leave it."""
+    ledger = opened(path)
+    ledger.add_cohort("other", declared_size=100, by="officer")
+    people = [bytes([index % 256, index // 256]) * 8 for index in range(700)]
+    ledger.enrol(COHORT, people[:600])
+    entries = len(list(ledger.entries()))
+    # A new version of the data stays in its cohort.
+    ledger.enrol(COHORT, people[100:650])
+    with pytest.raises(BudgetError, match=f"shares patients with '{COHORT}'"):
+        opened(path).enrol("other", people[649:])
+    # What was refused is not remembered.
+    opened(path).enrol(COHORT, people[650:])
+    opened(path).enrol("other", [b"somebody else..."])
+    assert len(list(ledger.entries())) == entries
+
+
 def test_ten_thousand_entries_compose_in_two_seconds(path: Path) -> None:
     """Of a hundred kinds; by a process that opens the ledger."""
     ledger = opened(path)
