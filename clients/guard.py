@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -133,7 +133,7 @@ class Guard:
         approval = self._approved(instruction, site)
 
         def work() -> tuple[Receipt, Arrays]:
-            update = local_site.work(instruction, site, arrays, split_key=self.folder.split_key)
+            update = local_site.work(self._here(instruction), site, arrays, split_key=self.folder.split_key)
             return _receipt(instruction, site, update.noise_draws), update.delta
 
         if not_private(instruction) is not None:
@@ -158,9 +158,11 @@ class Guard:
                 site,
                 "metrics",
                 content,
-                lambda: local_site.private_score(instruction, site, arrays, split_key=self.folder.split_key),
+                lambda: local_site.private_score(
+                    self._here(instruction), site, arrays, split_key=self.folder.split_key
+                ),
             )
-        counts = local_site.score(instruction, site, arrays, split_key=self.folder.split_key)
+        counts = local_site.score(self._here(instruction), site, arrays, split_key=self.folder.split_key)
         return self.gate.release(Approved(site=site, run=instruction.run_id, value=counts, approval=approval))
 
     def end(self, run: str) -> RecordDict:
@@ -188,8 +190,16 @@ class Guard:
             if attempt.state == "reserved":
                 self.ledger.refund(attempt.nonce, by="site", why="it failed before data was opened")
             raise
-        self.ledger.enrol(attempt.cohort, local_site.pseudonyms(instruction, site, self.folder.split_key))
+        self.ledger.enrol(
+            attempt.cohort, local_site.pseudonyms(self._here(instruction), site, self.folder.split_key)
+        )
         return self.gate.release(Privatised(site=site, value=mechanism(), attempt=attempt))
+
+    def _here(self, instruction: Instruction) -> Instruction:
+        """The instruction on this site's own table, where site.yaml names one."""
+        data = self.folder.policy.data
+        task = instruction.task if data is None else replace(instruction.task, path=data)
+        return replace(instruction, task=task)
 
     def _check(self, instruction: Instruction, site: str) -> None:
         """Return if the policy allows the run.
@@ -244,6 +254,10 @@ class Guard:
         policy, event = self.folder.policy, _event(plan)
         histogram = metrics_plans(instruction.task, instruction.privacy).get(site)
         cohort = self.ledger.account.cohort(policy.cohort)
+        if cohort.declared_size < policy.min_declared_size:
+            raise Refusal(
+                Rule.DECLARED_SIZE, asked="this site's cohort", allowed=f"at least {policy.min_declared_size}"
+            )
         budget = cohort.budget
         if budget is None or budget.epsilon > policy.epsilon_total or budget.delta > policy.delta_total:
             total = f"{policy.epsilon_total:g} and delta {policy.delta_total:g}"

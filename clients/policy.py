@@ -85,6 +85,18 @@ class Policy(_Section):
         "1 to 64 letters, digits, '.', '_' or '-'",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
     )
+    data: str | None = option(
+        None,
+        "The table that runs read, whatever they name. null: the table that the run names, which only a task that is "
+        "listed by its digest may do.",
+        "a file, or null",
+    )
+    patient_column: str | None = option(
+        None,
+        "The column of that table that names the patient. A run that takes another one, or counts each record as a "
+        "patient, would protect nobody who has several. null: only a task that is listed by its digest names it.",
+        "a column, or null",
+    )
     tasks: tuple[_Title, ...] = option(
         (),
         "Tasks that may be learned, each by its title or its digest (sha256:…). A title leaves columns and label "
@@ -235,8 +247,15 @@ class Policy(_Section):
         # Apart from the digests: a title that looks like one of them is no digest.
         titles = {entry for entry in self.tasks if not entry.startswith(DIGEST)}
         digest = task_digest(task)
-        ok = ANY in titles or task.title in titles or digest in self.tasks
+        fixed = digest in self.tasks
+        ok = fixed or ANY in titles or task.title in titles
         yield Rule.TASK, ok, f"{shown(task.title)} ({digest})", listed
+        # Neither path nor column is shown: they are the site's.
+        own = "a task that this site lists by its digest, or its own choice in site.yaml"
+        yield Rule.DATA, fixed or self.data is not None, "a table of the run's choice", own
+        same = self.patient_column is not None and task.patient_column == self.patient_column
+        named = "the column that the run names" if task.patient_column else "each record as a patient"
+        yield Rule.PATIENT_COLUMN, fixed or same, named, own
         yield Rule.MODEL, self._lists(model), _in_words(model), listed
         yield Rule.ADAPTER, adapter in self.adapters, adapter, " or ".join(self.adapters) or "none"
         plan = _own_plan(instruction, site)

@@ -10,6 +10,10 @@ class Rule(StrEnum):
 
     # The task's title or digest is not on the site's list.
     TASK = "task"
+    # The site has not said which table runs read, and the task is not fixed by its digest.
+    DATA = "data"
+    # The run would take another column for the patient's, or none.
+    PATIENT_COLUMN = "patient_column"
     # The model's id and sha256, or the tabular kind, is not on the site's list.
     MODEL = "model"
     # The adapter's kind is not on the site's list.

@@ -28,7 +28,8 @@ BASE = (
     "training.sample_rate=0.25", "training.steps_per_round=5", "privacy.records_per_patient=2",
 )  # fmt: skip
 PERMISSIVE: dict[str, Any] = {
-    "name": "canary-name", "cohort": "canary-cohort", "tasks": (TITLE, "canary task"), "non_private": True,
+    "name": "canary-name", "cohort": "canary-cohort", "data": "/canary/own.csv",
+    "patient_column": "canary_patient", "tasks": (TITLE, "canary task"), "non_private": True,
     "models": ({"id": "canary:model", "sha256": "c" * 64},), "min_declared_size": 1, "min_noise_multiplier": 1e-3,
     "max_grad_norm": 1e3, "max_steps": 10**6, "max_records_per_patient": 1000, "epsilon_per_run": 900.0,
     "delta_per_run": 0.5, "epsilon_total": 987.5, "delta_total": 0.515,
@@ -54,10 +55,13 @@ def refusal(policy: Policy, instruction: Instruction, site: str = SITE) -> Refus
 
 
 NOISE = ("privacy.epsilon=null", "privacy.noise_multiplier=0.8")
+OWN = "a task that this site lists by its digest, or its own choice in site.yaml"
 # The rule, the site's policy, the run's settings, what the text says was asked and is allowed.
 CASES: list[tuple[Rule, dict[str, Any], tuple[str, ...], str, str]] = [
     (Rule.TASK, {"tasks": ()}, (), f"'{TITLE}' (sha256:", "one that this site lists"),
     (Rule.TASK, {"tasks": ("Sepsis 2",)}, (), f"'{TITLE}'", "one that this site lists"),
+    (Rule.DATA, {"data": None}, (), "of the run's choice", OWN),
+    (Rule.PATIENT_COLUMN, {"patient_column": None}, (), "the column that the run names", OWN),
     (Rule.MODEL, {"tabular_models": ("mlp",)}, (), "'logistic'", "one that this site lists"),
     (Rule.MODEL, {"tabular_models": ("logistic",)}, ("model=mlp",), "'mlp'", "one that this site lists"),
     (Rule.ADAPTER, {"adapters": ("lora", "ffa_lora")}, (), "head", "lora or ffa_lora"),
@@ -87,6 +91,15 @@ def test_a_refusal_names_the_rule_the_asked_and_the_allowed(
     assert refused.allowed == allowed
     assert str(refused) == f"the site's policy refuses: {rule}: asked {refused.asked}, allowed {allowed}"
     assert refused.exit_code == 2
+
+
+@pytest.mark.parametrize("column", ["visit", "null"])
+def test_a_run_cannot_make_a_patient_of_each_visit(column: str) -> None:
+    """A coordinator that chose the column would be charged for one record of a patient who has twenty."""
+    run = asked(f"task.patient_column={column}")
+    assert refusal(policy(), run).rule is Rule.PATIENT_COLUMN
+    # Whoever listed the digest has read what it names.
+    policy(tasks=(task_digest(run.task),), data=None, patient_column=None).check(run, SITE)
 
 
 def tampered(**changes: Any) -> Instruction:
