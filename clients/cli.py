@@ -90,7 +90,10 @@ def init(
 
     made = SiteFolder.init(folder, name=name)
     typer.echo(f"site '{made.policy.name}': {made.path}")
-    typer.echo(f"next: name in {made.path / POLICY} the data, its patient column, and the tasks and models that runs may use", err=True)
+    typer.echo(
+        f"next: name in {made.path / POLICY} the data, its patient column, and the tasks and models that may be used",
+        err=True,
+    )
 
 
 @app.command("policy", help=POLICY_HELP)

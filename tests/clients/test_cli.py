@@ -50,7 +50,7 @@ def test_init_and_policy(command: Any, tmp_path: Path) -> None:
     folder = tmp_path / "site"
     code, out, err = command("site", "init", folder, "--name", "mercy")
     assert (code, out) == (0, f"site 'mercy': {folder}\n")
-    assert err == f"next: list in {folder / 'site.yaml'} the tasks and models that runs may use\n"
+    assert err.startswith(f"next: name in {folder / 'site.yaml'} the data, its patient column")
     text = (folder / "site.yaml").read_text()
     (folder / "site.yaml").write_text(text.replace("max_steps: 10000", "max_steps: 500"))
     code, out, err = command("site", "policy", folder)
