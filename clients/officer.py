@@ -292,7 +292,6 @@ def report(
     """Check the ledger, then print what it says, or write it to a page."""
     from clients.folder import LEDGER, verify
     from fedmed.errors import ConfigError
-    from fedmed.privacy.ledger import LedgerError
     from fedmed.privacy.statement import statement
     from fedmed.privacy.verify import verify as verify_ledger
     from fedmed.report.officer import write_statement
@@ -306,9 +305,8 @@ def report(
             guard.folder.path / LEDGER, verifies=lambda data, signature: verify(key, data, signature)
         )
         if not verdict.ok:
-            raise LedgerError(
-                f"entry {verdict.bad} is wrong: {verdict.reason}; restore the file from a backup"
-            )
+            typer.echo(f"entry {verdict.bad} is wrong: {verdict.reason}; restore a backup", err=True)
+            raise typer.Exit(1)
         values = statement(guard.ledger.entries())
     if html is not None:
         try:

@@ -15,8 +15,9 @@ def as_text(statement: Values) -> str:
     for name, cohort in statement["cohorts"].items():
         lines += ["", *_cohort(statement, name, cohort)]
     lines += ["", *_runs(statement), "", *_left(statement), "", *_people(statement)]
-    lines += [f"next: {step['reason']}\n  {step['command']}" for step in statement["next"]]
-    printable = ("".join(c if c.isprintable() or c == "\n" else "?" for c in line) for line in lines)
+    for step in statement["next"]:
+        lines += [f"next: {step['reason']}", f"  {step['command']}"]
+    printable = ("".join(c if c.isprintable() else "?" for c in line) for line in lines)
     return "\n".join(printable).rstrip()
 
 

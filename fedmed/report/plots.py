@@ -6,7 +6,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from fedmed.privacy.accounting import round_up
@@ -174,7 +174,7 @@ def spent_over_time(statement: Mapping[str, Any]) -> Plot | None:
         return None
     end, names, said = datetime.fromisoformat(statement["last"]), [], []
     with styled():
-        figure, axes = canvas(9.6, 2.6)
+        figure, axes = canvas(9.6, 2.1)
         for index, (name, cohort) in enumerate(cohorts.items()):
             series, colour = cohort["series"], SERIES[index % len(SERIES)]
             times = [*(datetime.fromisoformat(point["time"]) for point in series), end]
@@ -190,6 +190,10 @@ def spent_over_time(statement: Mapping[str, Any]) -> Plot | None:
             axes.plot(times, [0] * len(times), "X", markersize=7, zorder=3, **look)
             names.append("outside the guarantee")
             said.append(f"{len(outside)} releases outside the guarantee")
+        # All in one second would be drawn as years.
+        begin = datetime.fromisoformat(statement["first"])
+        pad = max((end - begin) / 40, timedelta(minutes=30))
+        axes.set_xlim(begin - pad, end + pad)
         axes.set(ylabel="epsilon (Renyi filter)", ylim=(0, None))
         axes.xaxis.set_major_formatter(_days(axes))
         alt = f"Step chart of the epsilon spent over time, by cohort; {'; '.join(said)}"
