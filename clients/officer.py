@@ -87,6 +87,17 @@ Examples:
   fedmed privacy verify --site /srv/fedmed --json
 """
 
+REPORT_HELP = """Say what was allowed, spent, promised and released, and who decided it; for the officer to sign.
+
+Every entry is checked first; a ledger in which one is wrong is not reported on (exit code 1).
+
+\b
+Examples:
+  fedmed privacy report --site /srv/fedmed
+  fedmed privacy report --site /srv/fedmed --html statement.html    one page to print and sign
+  fedmed privacy report --site /srv/fedmed --json > statement.json  with every release
+"""
+
 
 def add_commands(root: typer.Typer) -> None:
     """Add the officer's commands to `fedmed privacy`."""
@@ -96,6 +107,7 @@ def add_commands(root: typer.Typer) -> None:
     privacy.command("refund", help=REFUND_HELP)(refund)
     privacy.command("return", help=RETURN_HELP)(give_back)
     privacy.command("verify", help=VERIFY_HELP)(verify_command)
+    privacy.command("report", help=REPORT_HELP)(report)
 
 
 @contextlib.contextmanager
@@ -268,3 +280,40 @@ def _heads(path: Path, site: str) -> list[str]:
         raise ConfigError(f"--receipts {path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"--receipts {path}: is no receipts.jsonl of a run") from None
+
+
+def report(
+    site: Site = HERE,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page to print and sign; print its path.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check the ledger, then print what it says, or write it to a page."""
+    from clients.folder import LEDGER, verify
+    from fedmed.errors import ConfigError
+    from fedmed.privacy.statement import statement
+    from fedmed.privacy.verify import verify as verify_ledger
+    from fedmed.report.officer import write_statement
+    from fedmed.report.officer_text import as_text
+
+    if html is not None and not html.absolute().parent.is_dir():
+        raise ConfigError(f"--html {html}: no folder '{html.parent}' to write it to")
+    with opened(site) as guard:
+        key = guard.folder.public_key
+        verdict = verify_ledger(
+            guard.folder.path / LEDGER, verifies=lambda data, signature: verify(key, data, signature)
+        )
+        if not verdict.ok:
+            typer.echo(f"entry {verdict.bad} is wrong: {verdict.reason}; restore a backup", err=True)
+            raise typer.Exit(1)
+        values = statement(guard.ledger.entries())
+    if html is not None:
+        try:
+            write_statement(values, html)
+        except OSError as error:
+            raise ConfigError(f"--html {html}: cannot be written ({error.strerror})") from None
+    if as_json:
+        typer.echo(json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False))
+    else:
+        typer.echo(html if html is not None else as_text(values))

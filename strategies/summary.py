@@ -1,6 +1,5 @@
 """What a finished run says of itself: one mapping that table, report, card and summary.json render."""
 
-import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -8,7 +7,7 @@ from typing import Any
 
 from fedmed.config import RunConfig
 from fedmed.metrics import ScoreCounts
-from fedmed.privacy.accounting import BINDING, composed_epsilon
+from fedmed.privacy.accounting import BINDING, belief_in_words, composed_epsilon
 from fedmed.privacy.histogram import (
     HistogramPlan,
     expected_error,
@@ -135,16 +134,6 @@ def _metrics(config: RunConfig, histograms: Mapping[str, HistogramPlan]) -> dict
         "bins": config.privacy.metrics_bins,
         "expected_auc_error": expected_error(config.task, config.privacy, histograms.values()),
     }
-
-
-def belief_in_words(epsilon: float, unit: str) -> str:
-    """Epsilon as what an attacker can learn: from even odds to at most e^epsilon / (1 + e^epsilon)."""
-    # Written so that a large epsilon does not overflow.
-    odds = 100 / (1 + math.exp(-epsilon))
-    # Rounded up: never less than the bound.
-    scale = 10 if odds < 99 else 100
-    percent = math.ceil(odds * scale) / scale
-    return f"Someone half sure that a {unit} took part can become at most {percent:g}% sure (up to delta)."
 
 
 def summarise(

@@ -105,3 +105,13 @@ def round_up(epsilon: float, digits: int = 2) -> float:
     scale = 10**digits
     # The small slack keeps 3.0 (stored as 3.0000000000000004) from being printed as 3.01.
     return math.ceil(epsilon * scale - 1e-9) / scale if math.isfinite(epsilon) else epsilon
+
+
+def belief_in_words(epsilon: float, unit: str) -> str:
+    """Epsilon as what an attacker can learn: from even odds to at most e^epsilon / (1 + e^epsilon)."""
+    # Written so that a large epsilon does not overflow.
+    odds = 100 / (1 + math.exp(-epsilon))
+    # Rounded up: never less than the bound.
+    scale = 10 if odds < 99 else 100
+    percent = math.ceil(odds * scale) / scale
+    return f"Someone half sure that a {unit} took part can become at most {percent:g}% sure (up to delta)."

@@ -1,10 +1,12 @@
 """The report's figures as SVG, drawn through Matplotlib's objects: pyplot's global state is not touched."""
 
+import contextlib
 import io
 import textwrap
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any
 
 from fedmed.privacy.accounting import round_up
@@ -35,14 +37,21 @@ class Plot:
     wide: bool = False
 
 
-def draw(privacy: Mapping[str, Any], history: Entries, runs: Mapping[str, Any], *, claim: str) -> list[Plot]:
-    """The figures of a run. `claim` stands beside epsilon; without one (NOT PRIVATE) no epsilon is drawn."""
+@contextlib.contextmanager
+def styled() -> Iterator[None]:
+    """Inside, figures are drawn in the reports' look."""
     import matplotlib
 
-    plots: list[Plot] = []
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         # The browser draws the text: a letter that Matplotlib's font lacks is no loss.
         warnings.filterwarnings("ignore", message="Glyph")
+        yield
+
+
+def draw(privacy: Mapping[str, Any], history: Entries, runs: Mapping[str, Any], *, claim: str) -> list[Plot]:
+    """The figures of a run. `claim` stands beside epsilon; without one (NOT PRIVATE) no epsilon is drawn."""
+    plots: list[Plot] = []
+    with styled():
         evaluated = any(entry["auc"] is not None or entry["site_metrics"] for entry in history)
         if evaluated:
             # The first of an odd number of figures has a row of its own.
@@ -55,7 +64,7 @@ def draw(privacy: Mapping[str, Any], history: Entries, runs: Mapping[str, Any], 
 
 
 def _auc_per_round(privacy: Any, history: Entries, runs: Mapping[str, Any], *, wide: bool) -> Plot:
-    figure, axes = _canvas(9.6 if wide else 4.8, 3.3)
+    figure, axes = canvas(9.6 if wide else 4.8, 3.3)
     names = _site_lines(axes, history, privacy, lambda e, site: e["site_metrics"].get(site, {}).get("auc"))
     alt = f"Line chart of the exact AUC of {len(names)} sites and of all sites, by round"
     pooled = [(entry["round"], entry["auc"]) for entry in history if entry["auc"] is not None]
@@ -70,11 +79,11 @@ def _auc_per_round(privacy: Any, history: Entries, runs: Mapping[str, Any], *, w
             names.append(f"{name}, all sites")
             alt += f"; {name}: {run['auc']:.3f}"
     axes.set(xlabel="round", ylabel="AUC (0 to 1, exact)", ylim=(None, min(1.01, axes.get_ylim()[1])))
-    return Plot(_svg(figure, axes, names, columns=4 if wide else 3), "AUC per round", alt, wide)
+    return Plot(to_svg(figure, axes, names, columns=4 if wide else 3), "AUC per round", alt, wide)
 
 
 def _epsilon_per_round(privacy: Mapping[str, Any], history: Entries, claim: str) -> Plot:
-    figure, axes = _canvas(4.8, 3.3)
+    figure, axes = canvas(4.8, 3.3)
     names = _site_lines(axes, history, privacy, lambda entry, site: entry["epsilon"].get(site))
     cap, what = privacy["target_epsilon"], "target for the whole plan"
     private_metrics = privacy["metrics"]["release"] == "private"
@@ -87,12 +96,12 @@ def _epsilon_per_round(privacy: Mapping[str, Any], history: Entries, claim: str)
     # In the figure too: a figure is copied without its caption.
     axes.set_title(textwrap.fill(claim, 72), fontsize=7.5, loc="left", color=MUTED)
     alt = f"Line chart of the epsilon spent at each site, by round; {what}: {round_up(cap):.2f} ({claim})"
-    return Plot(_svg(figure, axes, [*names, what], columns=3), "Epsilon spent per round", alt)
+    return Plot(to_svg(figure, axes, [*names, what], columns=3), "Epsilon spent per round", alt)
 
 
 def _auc_by_site(privacy: Mapping[str, Any], runs: Mapping[str, Any]) -> Plot:
     rows = [*privacy["sites"], "all sites"]
-    figure, axes = _canvas(4.8, 1.4 + 0.36 * len(rows))
+    figure, axes = canvas(4.8, 1.4 + 0.36 * len(rows))
     empty = set(range(len(rows)))
     # Each run a little lower, so that equal values are all seen.
     for marker, run, lower in zip(MARKERS, runs.values(), (-0.2, 0.0, 0.2), strict=False):
@@ -108,7 +117,7 @@ def _auc_by_site(privacy: Mapping[str, Any], runs: Mapping[str, Any]) -> Plot:
     axes.set(xlabel="AUC (0 to 1, exact)", ylim=(len(rows) - 0.5, -0.5))
     axes.locator_params(axis="x", nbins=6)
     alt = f"Dot chart of the exact AUC per site: {', '.join(runs)}; the values stand in the table of results"
-    return Plot(_svg(figure, axes, list(runs), columns=3), "AUC per site", alt)
+    return Plot(to_svg(figure, axes, list(runs), columns=3), "AUC per site", alt)
 
 
 def _site_lines(axes: Any, history: Entries, privacy: Any, value: Callable[..., float | None]) -> list[str]:
@@ -127,7 +136,8 @@ def _site_lines(axes: Any, history: Entries, privacy: Any, value: Callable[..., 
     return names
 
 
-def _canvas(width: float, height: float) -> tuple[Any, Any]:
+def canvas(width: float, height: float) -> tuple[Any, Any]:
+    """An empty figure and its axes; sizes in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -141,7 +151,8 @@ def _short(name: str) -> str:
     return name if len(name) <= 26 else name[:25] + "…"
 
 
-def _svg(figure: Any, axes: Any, names: Sequence[str], *, columns: int) -> str:
+def to_svg(figure: Any, axes: Any, names: Sequence[str], *, columns: int) -> str:
+    """The figure as an SVG document, with a legend of its lines below: one name each."""
     lines, places = axes.get_lines(), {"loc": "outside lower center", "ncols": columns, "frameon": False}
     legend = figure.legend(lines, map(str, range(len(lines))), **places)
     for text, name in zip(legend.get_texts(), names, strict=True):
@@ -151,3 +162,47 @@ def _svg(figure: Any, axes: Any, names: Sequence[str], *, columns: int) -> str:
     file, nothing = io.StringIO(), dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(file, format="svg", transparent=True, metadata=nothing)
     return file.getvalue()
+
+
+def spent_over_time(statement: Mapping[str, Any]) -> Plot | None:
+    """What each cohort spent, with its budget, from a ledger's statement; None where no budget was ever set.
+
+    Marks on the axis are releases that no epsilon covers.
+    """
+    cohorts = {name: cohort for name, cohort in statement["cohorts"].items() if cohort["series"]}
+    if not cohorts:
+        return None
+    end, names, said = datetime.fromisoformat(statement["last"]), [], []
+    with styled():
+        figure, axes = canvas(9.6, 2.1)
+        for index, (name, cohort) in enumerate(cohorts.items()):
+            series, colour = cohort["series"], SERIES[index % len(SERIES)]
+            times = [*(datetime.fromisoformat(point["time"]) for point in series), end]
+            spent = [point["epsilon"] for point in series]
+            limit = [point["budget"] for point in series]
+            axes.step(times, [*spent, spent[-1]], where="post", color=colour, linewidth=1.8)
+            axes.step(times, [*limit, limit[-1]], where="post", color=colour, linewidth=1.4, dashes=DASHES[0])
+            names += [f"{name}: spent", f"{name}: budget"]
+            said.append(f"{name}: {spent[-1]:.2f} of {limit[-1]:g}")
+        outside = [release["time"] for group in statement["outside"] for release in group["releases"]]
+        if outside:
+            times, look = [datetime.fromisoformat(time) for time in outside], {"color": INK, "clip_on": False}
+            axes.plot(times, [0] * len(times), "X", markersize=7, zorder=3, **look)
+            names.append("outside the guarantee")
+            said.append(f"{len(outside)} releases outside the guarantee")
+        # All in one second would be drawn as years.
+        begin = datetime.fromisoformat(statement["first"])
+        pad = max((end - begin) / 40, timedelta(minutes=30))
+        axes.set_xlim(begin - pad, end + pad)
+        axes.set(ylabel="epsilon (Renyi filter)", ylim=(0, None))
+        axes.xaxis.set_major_formatter(_days(axes))
+        alt = f"Step chart of the epsilon spent over time, by cohort; {'; '.join(said)}"
+        return Plot(to_svg(figure, axes, names, columns=4), "Spent over time", alt, wide=True)
+
+
+def _days(axes: Any) -> Any:
+    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+
+    locator = AutoDateLocator(minticks=3, maxticks=8)
+    axes.xaxis.set_major_locator(locator)
+    return ConciseDateFormatter(locator)

@@ -12,11 +12,11 @@ from fedmed.compose import compose
 from fedmed.config import RunConfig
 from fedmed.errors import ConfigError
 from fedmed.models.build import build
-from fedmed.privacy.accounting import round_up
+from fedmed.privacy.accounting import belief_in_words, round_up
 from fedmed.privacy.plan import PrivacyPlan, make_plan
 from fedmed.records import Instruction, instruction_record, read_instruction
 from strategies.console import footnotes
-from strategies.summary import belief_in_words, privacy_statement
+from strategies.summary import privacy_statement
 from tests.fedmed.privacy.test_accounting import make
 
 SITE = "Cleveland"
