@@ -67,6 +67,11 @@ def _read(folder: Path) -> "tuple[int, dict[str, list[Share]], dict[str, list[Sh
     )
     if not jobs and not (folder / "sweep.json").is_file():
         raise ConfigError(f"{folder}: no sweep in it; expected sweep.json and a numbered folder a job")
+    for index in _ended(folder / "sweep.json"):
+        if not (folder / str(index)).is_dir():
+            raise ConfigError(
+                f"{folder / str(index)}: missing, though the job ended: what it has spent is not known"
+            )
     sent: dict[str, list[Share]] = {}
     whole: dict[str, list[Share]] = {}
     count = 0
@@ -77,6 +82,21 @@ def _read(folder: Path) -> "tuple[int, dict[str, list[Share]], dict[str, list[Sh
             sent.setdefault(site, []).append(as_sent)
             whole.setdefault(site, []).append(as_planned)
     return count, sent, whole
+
+
+def _ended(file: Path) -> list[int]:
+    """The jobs that ended well, by a sweep's own account; a job that failed may have left no folder."""
+    from fedmed.errors import ConfigError
+
+    if not file.is_file():
+        # The sweep is at work, or died.
+        return []
+    try:
+        return [
+            index for index, job in enumerate(json.loads(file.read_text())["jobs"]) if job["error"] is None
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"{file}: is damaged") from None
 
 
 def _shares(job: Path) -> "dict[str, tuple[Share, Share]]":
@@ -90,10 +110,14 @@ def _shares(job: Path) -> "dict[str, tuple[Share, Share]]":
     folder = RunFolder(job)
     try:
         rounds, metrics = folder.rounds_sent(), folder.metrics_asked()
+        if not rounds and (job / "summary.json").exists():
+            raise ValueError("a finished run has sent rounds")
         if not rounds and not metrics:
             return {}
         config = run_config_from_dict(json.loads((job / "config.json").read_text()))
         plans = folder.plans()
+        if plans.keys() != config.task.declared_sizes.keys():
+            raise ValueError("plans of other sites")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError):
         raise ConfigError(
             f"{job}: its config.json, plans.json or journal.jsonl is damaged: what the job has spent is not known"
