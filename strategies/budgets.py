@@ -123,6 +123,8 @@ def _compare(config: RunConfig, found: SiteBudget, histogram: HistogramPlan | No
         "verdict": "fits" if budget.allows(after) else "refused",
         "rounds": plan.rounds,
         "noise_multiplier": plan.noise_multiplier,
+        # False also where nothing at all is left.
+        "metrics_fit": not metrics or budget.allows(before + metrics),
         "rounds_that_fit": budget.rounds_that_fit(before + metrics, to_json(plan.event(rounds=1))),
         "noise_multiplier_that_fits": noise,
     }

@@ -50,8 +50,8 @@ ledger, which is only read: what its cohort has left, whether the run would fit,
 Examples:
   fedmed plan privacy.epsilon=1 rounds=30
   fedmed plan experiment=demo --json
-  fedmed plan experiment=demo --site-ledger sites/Cleveland --site-ledger sites/Hungary
-  fedmed plan rounds=50 --site-ledger sites/Cleveland/ledger.db --cohort cardiology
+  fedmed plan experiment=demo --site-ledger=sites/Cleveland --site-ledger=sites/Hungary
+  fedmed plan rounds=50 --site-ledger=sites/Cleveland/ledger.db --cohort=cardiology
 """
 
 

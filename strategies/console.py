@@ -235,6 +235,7 @@ def ledger_lines(values: dict[str, Any]) -> list[str]:
             f"  NOT PRIVATE ({reason}): no budget covers this run; the site would need an approval for it",
         ]
     cost, fits = values["cost"], values["verdict"] == "fits"
+    given = round_up(values["noise_multiplier"], 3)
     metrics = f", private metrics {epsilon(cost['metrics'])}" if cost["metrics"] else ""
     lines += [
         f"  this run  {epsilon(cost)} by itself: training {epsilon(cost['training'])}{metrics}",
@@ -242,9 +243,14 @@ def ledger_lines(values: dict[str, Any]) -> list[str]:
         "  fits: the site's budget holds the whole run; its policy and its people may still refuse"
         if fits
         else f"  refused: {values['rounds']} rounds do not fit into what is left; the site would not start the run",
-        f"  rounds that fit with noise multiplier {values['noise_multiplier']:.4g}: {values['rounds_that_fit']:,}",
+        f"  rounds that fit with noise multiplier {given:g}: {values['rounds_that_fit']:,}",
     ]
     noise = values["noise_multiplier_that_fits"]
+    if not values["metrics_fit"]:
+        return [
+            *lines,
+            "  the private metrics alone do not fit: take privacy.metrics=none, or a smaller metrics_epsilon",
+        ]
     if noise is None:
         return [*lines, f"  no noise multiplier that can be set makes {values['rounds']} rounds fit"]
     setting = f"privacy.epsilon=null privacy.noise_multiplier={noise:g}"

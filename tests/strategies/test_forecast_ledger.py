@@ -22,6 +22,7 @@ from fedmed.privacy.ledger import Ledger, LedgerError, new_ledger
 from fedmed.privacy.plan import make_plan
 from fedmed.privacy.reader import read_account
 from strategies.budgets import compare, read_budgets
+from strategies.console import ledger_lines
 from tests.commands import FAST, heavy, light
 from tests.fedmed.privacy.test_ledger import Key
 
@@ -147,6 +148,8 @@ def test_metrics_alone_may_be_too_much(tmp_path: Path) -> None:
     assert (values["verdict"], values["rounds_that_fit"], values["noise_multiplier_that_fits"]) == (
         "refused", 0, None,
     )  # fmt: skip
+    assert not values["metrics_fit"]
+    assert "the private metrics alone do not fit" in ledger_lines(values)[-1]
 
 
 def test_a_run_without_privacy_is_not_charged(path: Path) -> None:
