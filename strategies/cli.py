@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedmed.cli.privacy import app as privacy
+from strategies.officer import SWEEP_HELP, joint_cost
+
 if TYPE_CHECKING:
     from fedmed.config import RunConfig
 
@@ -34,16 +37,21 @@ Examples:
   fedmed run -m privacy.epsilon=1,3,8 seed=0,1  six runs, all checked before the first starts
   fedmed run task=csv task.declaration=mine.yaml
   fedmed run resume=runs/20261121-101500-run    go on after the last finished round
+
+A sweep spends what all its runs spend. On anything but a public benchmark it says first how much that is, and asks.
 """
 
 PLAN_HELP = """Show what a run would cost, and train nothing.
 
-Epsilon, noise and steps of each site; bytes a round; seconds a step, measured here on made-up records.
+Epsilon, noise and steps of each site; bytes a round; seconds a step, measured here on made-up records. With a site's
+ledger, which is only read: what its cohort has left, whether the run would fit, and if not, what would.
 
 \b
 Examples:
   fedmed plan privacy.epsilon=1 rounds=30
   fedmed plan experiment=demo --json
+  fedmed plan experiment=demo --site-ledger=sites/Cleveland --site-ledger=sites/Hungary
+  fedmed plan rounds=50 --site-ledger=sites/Cleveland/ledger.db --cohort=cardiology
 """
 
 
@@ -52,12 +60,16 @@ def add_commands(root: typer.Typer) -> None:
     settings = {"ignore_unknown_options": False}
     root.command("run", help=RUN_HELP, context_settings=settings)(run)
     root.command("plan", help=PLAN_HELP, context_settings=settings)(plan)
+    privacy.command("sweep", help=SWEEP_HELP)(joint_cost)
 
 
 def run(
     overrides: Overrides = None,
     multirun: Annotated[
         bool, typer.Option("-m", "--multirun", help="Sweep over comma-separated values.")
+    ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="With -m: start without being asked about the joint cost.")
     ] = False,
 ) -> None:
     """Compose, check, run."""
@@ -73,6 +85,9 @@ def run(
     jobs = compose_sweep(texts)
     _check_folder(jobs[0][1])
     _warn([warning for _, config in jobs for warning in _check(config)])
+    from strategies.joint import announce
+
+    announce([config for _, config in jobs], yes=yes)
     from strategies.sweep import run_sweep
 
     run_sweep(jobs, _run_local)
@@ -80,16 +95,32 @@ def run(
 
 def plan(
     overrides: Overrides = None,
+    site_ledger: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="A site's folder, or its ledger.db, to compare with; repeatable."),
+    ] = None,
+    cohort: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="The cohort, where a ledger has several; repeatable."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Compose, check, forecast."""
     from fedmed.compose import compose
+    from fedmed.errors import ConfigError
 
+    if cohort and not site_ledger:
+        raise ConfigError(f"--cohort {cohort[0]}: names a cohort of a ledger; add --site-ledger PATH")
     config = compose(list(overrides or []))
     _warn(_check(config, records=False))
+    from strategies.budgets import compare, read_budgets
+
+    budgets = read_budgets(site_ledger or [], cohorts=cohort or [], config=config) if site_ledger else []
     from strategies.forecast import forecast
 
     values = forecast(config)
+    if budgets:
+        values["ledgers"] = compare(config, budgets)
     if as_json:
         print(json.dumps(values, indent=2, allow_nan=False))
     else:

@@ -208,3 +208,50 @@ def print_forecast(values: dict[str, Any]) -> None:
         lines.insert(0, f"NOT PRIVATE: {privacy['not_private_reason']}")
     for line in lines:
         console.print(line, soft_wrap=True)
+    for ledger in values.get("ledgers", []):
+        for line in ledger_lines(ledger):
+            console.print(line, soft_wrap=True)
+
+
+def ledger_lines(values: dict[str, Any]) -> list[str]:
+    """A run's cost against what is left in one site's ledger."""
+    budget = values["budget"]
+
+    def epsilon(figures: dict[str, Any]) -> str:
+        pld = figures["epsilon_pld"]
+        beyond = "beyond reckoning" if pld is None else f"{round_up(pld):.2f}"
+        return f"epsilon {round_up(figures['epsilon']):.2f} (PLD {beyond})"
+
+    lines = [
+        "",
+        f"ledger of site '{values['site']}', cohort '{values['cohort']}': epsilon {budget['epsilon']:g} at delta "
+        f"{budget['delta']:g}, by a Renyi filter of order {budget['renyi_order']}, which binds; PLD beside it",
+        f"  before    {epsilon(values['before'])}, spent or promised",
+    ]
+    if values["verdict"] == "not charged":
+        reason = values["not_private_reason"]
+        return [
+            *lines,
+            f"  NOT PRIVATE ({reason}): no budget covers this run; the site would need an approval for it",
+        ]
+    cost, fits = values["cost"], values["verdict"] == "fits"
+    given = round_up(values["noise_multiplier"], 3)
+    metrics = f", private metrics {epsilon(cost['metrics'])}" if cost["metrics"] else ""
+    lines += [
+        f"  this run  {epsilon(cost)} by itself: training {epsilon(cost['training'])}{metrics}",
+        f"  after     {epsilon(values['after'])}",
+        "  fits: the site's budget holds the whole run; its policy and its people may still refuse"
+        if fits
+        else f"  refused: {values['rounds']} rounds do not fit into what is left; the site would not start the run",
+        f"  rounds that fit with noise multiplier {given:g}: {values['rounds_that_fit']:,}",
+    ]
+    noise = values["noise_multiplier_that_fits"]
+    if not values["metrics_fit"]:
+        return [
+            *lines,
+            "  the private metrics alone do not fit: take privacy.metrics=none, or a smaller metrics_epsilon",
+        ]
+    if noise is None:
+        return [*lines, f"  no noise multiplier that can be set makes {values['rounds']} rounds fit"]
+    setting = f"privacy.epsilon=null privacy.noise_multiplier={noise:g}"
+    return [*lines, f"  smallest noise multiplier for {values['rounds']} rounds: {noise:g} ({setting})"]

@@ -16,10 +16,9 @@ from rich.table import Table
 from fedmed.atomic import write_json
 from fedmed.config import RunConfig
 from fedmed.errors import FedmedError, Interrupted, RunError, internal
-from fedmed.privacy.accounting import composed_epsilon, round_up
-from fedmed.privacy.histogram import metrics_plans, site_events
-from fedmed.privacy.plan import make_plan
+from fedmed.privacy.accounting import round_up
 from strategies.console import plain_console
+from strategies.joint import joint_costs, planned
 
 NOT_STARTED = "not started"
 RELEASES = {
@@ -118,18 +117,7 @@ def _composed(configs: list[RunConfig]) -> float | None:
     largest. None if any job was not private, or a patient is the unit of one and a record that of another."""
     if not all(config.private for config in configs) or len({config.task.unit for config in configs}) != 1:
         return None
-    largest = 0.0
-    histograms = [metrics_plans(config.task, config.privacy) for config in configs]
-    for site in {site for config in configs for site in config.task.declared_sizes}:
-        plans = [
-            (make_plan(config, site), metrics.get(site))
-            for config, metrics in zip(configs, histograms, strict=True)
-            if site in config.task.declared_sizes
-        ]
-        delta = max(plan.delta for plan, _ in plans)
-        events = [event for plan, histogram in plans for event in site_events(plan, histogram)]
-        largest = max(largest, composed_epsilon(events, delta=delta))
-    return largest
+    return max(cost.epsilon_pld or 0.0 for cost in joint_costs(planned(configs)).values())
 
 
 def _print(console: Console, rows: list[dict[str, Any]], total: float | None) -> None:

@@ -286,7 +286,9 @@ def test_help_comes_at_once_and_imports_nothing_heavy() -> None:
     figure("seconds of --help, median of 5", f"{statistics.median(seconds):.2f}")
 
 
-@pytest.mark.parametrize("command", ["", "run", "plan", "task", "task describe", "privacy", "privacy audit"])
+@pytest.mark.parametrize(
+    "command", ["", "run", "plan", "task", "task describe", "privacy", "privacy audit", "privacy sweep"]
+)
 def test_every_help_has_examples(command: str, light: Commands) -> None:
     ended = light(*command.split(), "--help")
     assert (ended.code, ended.err) == (0, "")

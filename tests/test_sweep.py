@@ -1,7 +1,10 @@
 """Sweeps: all jobs checked before the first starts, what fails stops nothing, and all of it is charged."""
 
+import dataclasses
+import io
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +13,16 @@ from typing import Any
 import dp_accounting
 import pytest
 from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
 
 from fedmed.compose import compose_sweep
 from fedmed.config import RunConfig
 from fedmed.errors import ConfigError, Interrupted, RunError
 from fedmed.privacy.accounting import round_up
+from fedmed.privacy.histogram import metrics_plans
 from fedmed.privacy.plan import make_plan
+from strategies.folder import RunFolder
+from strategies.joint import announce
 from strategies.summary import privacy_statement
 from strategies.sweep import run_sweep
 from tests.commands import FAST, Ended, heavy, light
@@ -242,3 +249,196 @@ def test_two_sweeps_of_one_second_do_not_meet(here: Path, monkeypatch: pytest.Mo
     assert sorted(path.name for path in here.glob("sweeps/*")) == [
         "20300101-000000", "20300101-000000-2", "20300101-000000-3",
     ]  # fmt: skip
+
+
+# What a sweep has cost, by its folder.
+
+
+def written(job: Path, config: RunConfig, *, sent: int, metrics: bool = False) -> None:
+    """A job's folder as a run leaves it that sent so many rounds."""
+    job.mkdir(parents=True)
+    plans = {site: make_plan(config, site) for site in config.task.declared_sizes}
+    folder = RunFolder.create(dataclasses.replace(config, run_dir=str(job)), plans, run_id=job.name)
+    for number in range(1, sent + 1):
+        folder.journal(event="round-sent", round=number)
+    if metrics:
+        folder.journal(event="metrics-sent")
+
+
+PARTS = ["privacy.metrics=private", "privacy.metrics_epsilon=3", "training.sample_rate=0.3"]
+
+
+@pytest.fixture
+def unequal(here: Path) -> Path:
+    """Jobs that ended, failed in the midst, died at work, and never sent anything."""
+    jobs = compose_sweep([*FAST, *PARTS, "rounds=4", "privacy.epsilon=0.5,1,2,3"])
+    root = here / "sweeps" / "x"
+    written(root / "0", jobs[0][1], sent=4, metrics=True)
+    written(root / "1", jobs[1][1], sent=2)
+    written(root / "2", jobs[2][1], sent=1)
+    with (root / "2" / "journal.jsonl").open("a") as file:
+        file.write('{"event": "round-s')
+    written(root / "3", jobs[3][1], sent=0)
+    return root
+
+
+def independent(
+    accountant: Any, configs: list[RunConfig], sent: list[int], site: str, *, metrics: int
+) -> float:
+    """dp-accounting by itself, of these rounds and of this many of the jobs' metrics."""
+    ledger = accountant(neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    for config, rounds in zip(configs, sent, strict=True):
+        noise = make_plan(config, site).noise_multiplier
+        step = dp_accounting.PoissonSampledDpEvent(0.3, dp_accounting.GaussianDpEvent(noise))
+        ledger.compose(step, rounds * config.training.steps_per_round)
+    histogram = metrics_plans(configs[0].task, configs[0].privacy)[site]
+    ledger.compose(dp_accounting.GaussianDpEvent(histogram.noise_multiplier), metrics)
+    return float(ledger.get_epsilon(1e-4))
+
+
+def test_a_sweeps_folder_says_what_was_sent(unequal: Path) -> None:
+    """Failed and unfinished jobs too; PLD and RDP against dp-accounting itself."""
+    ended = light()("privacy", "sweep", str(unequal), "--json")
+    assert (ended.code, ended.err, ended.torch) == (0, "", False)
+    values = json.loads(ended.out)
+    configs = [config for _, config in compose_sweep([*FAST, *PARTS, "rounds=4", "privacy.epsilon=0.5,1,2"])]
+    assert values["jobs_sent"] == 3
+    assert set(values["sites"]) == set(configs[0].task.declared_sizes)
+    for site, cost in values["sites"].items():
+        assert (cost["runs"], cost["rounds"], cost["delta"], cost["not_private"]) == (3, 7, 1e-4, None)
+        for name, accountant in (("pld", PLDAccountant), ("rdp", RdpAccountant)):
+            expected = independent(accountant, configs, [4, 2, 1], site, metrics=1)
+            assert cost[f"epsilon_{name}"] == pytest.approx(expected, rel=0.01)
+        whole = independent(PLDAccountant, configs, [4, 4, 4], site, metrics=3)
+        assert cost["epsilon_pld_of_whole_plans"] == pytest.approx(whole, rel=0.01)
+    ended = light()("privacy", "sweep", str(unequal))
+    cost = values["sites"]["Hungary"]
+    assert (
+        f"site 'Hungary': epsilon {round_up(cost['epsilon_pld']):.2f} (PLD), {round_up(cost['epsilon_rdp']):.2f} (RDP) "
+        f"at delta 0.0001; {cost['adjacency']} (3 jobs, 7 rounds sent)"
+    ) in ended.out
+    assert "jobs ended early; charged whole: epsilon" in ended.out
+
+
+def test_a_sweep_that_ran_costs_what_it_said(swept: tuple[Ended, Path]) -> None:
+    """Two of its four jobs sent nothing."""
+    _, path = swept
+    (root,) = path.glob("sweeps/*")
+    values = json.loads(light()("privacy", "sweep", str(root), "--json").out)
+    assert values["jobs_sent"] == 2
+    (config, _) = (config for _, config in compose_sweep([*FAST, "rounds=2", "seed=0,3"]))
+    ledger = PLDAccountant(neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    plan = make_plan(config, "Hungary")
+    ledger.compose(dp_accounting.GaussianDpEvent(plan.noise_multiplier), 2 * plan.steps)
+    assert values["sites"]["Hungary"]["epsilon_pld"] == pytest.approx(ledger.get_epsilon(1e-4), rel=0.01)
+
+
+def test_a_job_without_privacy_leaves_no_epsilon_of_the_sweep(here: Path) -> None:
+    for index, (_, config) in enumerate(compose_sweep([*FAST, "rounds=2", "privacy=dp,off"])):
+        written(here / "s" / str(index), config, sent=1)
+    ended = light()("privacy", "sweep", str(here / "s"))
+    assert "site 'Hungary': NOT PRIVATE: privacy=off" in ended.out
+    cost = json.loads(light()("privacy", "sweep", str(here / "s"), "--json").out)["sites"]["Hungary"]
+    assert (cost["epsilon_pld"], cost["epsilon_rdp"], cost["epsilon_pld_of_whole_plans"]) == (
+        None,
+        None,
+        None,
+    )
+
+
+def test_a_folder_that_tells_nothing_is_refused(unequal: Path, tmp_path: Path) -> None:
+    ended = light()("privacy", "sweep", str(tmp_path / "nowhere"))
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert "expected a sweep's, e.g. sweeps/" in ended.err
+    assert "no sweep in it" in light()("privacy", "sweep", str(tmp_path)).err
+    for name in ("plans.json", "config.json", "journal.jsonl"):
+        content = (unequal / "1" / name).read_text()
+        (unequal / "1" / name).write_text("{}\n")
+        ended = light()("privacy", "sweep", str(unequal))
+        assert (ended.code, ended.out) == (2, "")
+        assert "is damaged: what the job has spent is not known" in ended.err
+        (unequal / "1" / name).write_text(content)
+    # What is missing is not free.
+    (unequal / "1" / "summary.json").write_text("{}")
+    (unequal / "1" / "journal.jsonl").rename(tmp_path / "journal.jsonl")
+    assert "is damaged: what the job has spent" in light()("privacy", "sweep", str(unequal)).err
+    shutil.rmtree(unequal / "1")
+    jobs = [{"error": None}, {"error": None}, {"error": "failed"}, {"error": "not started"}]
+    (unequal / "sweep.json").write_text(json.dumps({"jobs": jobs}))
+    ended = light()("privacy", "sweep", str(unequal))
+    assert (ended.code, ended.out) == (2, "")
+    assert f"{unequal / '1'}: missing, though the job ended" in ended.err
+
+
+# The question.
+
+
+REAL = ["task.public_benchmark=false", "task.split=hash", "privacy.epsilon=1,2", "rounds=3"]
+
+
+def test_a_sweep_on_real_cohorts_is_not_started_unasked(tmp_path: Path) -> None:
+    ended = light()("run", "-m", *FAST, *REAL, cwd=tmp_path)
+    assert (ended.code, ended.torch, ended.err.count("\n")) == (2, False, 1)
+    assert ended.err.endswith("asks before it starts; without a terminal, agree with: --yes\n")
+    assert "2 jobs on the same patients cost together, if every job runs whole:" in ended.out
+    assert not (tmp_path / "sweeps").exists()
+    for _, config in compose_sweep([*FAST, *REAL]):
+        assert not config.task.public_benchmark
+
+
+def test_what_is_announced_is_the_composition_of_all_jobs(capsys: pytest.CaptureFixture[str]) -> None:
+    configs = [config for _, config in compose_sweep([*FAST, *REAL])]
+    announce(configs, yes=True)
+    out = capsys.readouterr().out
+    for site in configs[0].task.declared_sizes:
+        plans = [make_plan(config, site) for config in configs]
+        said = re.search(rf"'{site}': epsilon ([\d.]+) \(PLD\), ([\d.]+) \(RDP\) at delta ([\d.e-]+)", out)
+        assert said
+        for text, accountant in zip(said.groups(), (PLDAccountant, RdpAccountant), strict=False):
+            ledger = accountant(neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+            for plan in plans:
+                ledger.compose(plan.event())
+            exact = ledger.get_epsilon(plans[0].delta)
+            assert exact <= float(text) <= exact * 1.01 + 0.01
+        assert float(said[3]) == pytest.approx(plans[0].delta)
+
+
+@pytest.mark.parametrize(("typed", "goes_on"), [("y\n", True), ("n\n", False), ("\n", False)])
+def test_the_question(
+    typed: str, goes_on: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    configs = [config for _, config in compose_sweep([*FAST, *REAL])]
+    monkeypatch.setattr("sys.stdin", Terminal(typed))
+    if goes_on:
+        announce(configs, yes=False)
+    else:
+        with pytest.raises(RunError, match="the sweep was not started; nothing was spent"):
+            announce(configs, yes=False)
+    assert "go on? [y/N]" in capsys.readouterr().out
+
+
+def test_who_is_asked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sites with a ledger are, whatever the task; nobody for public benchmarks alone."""
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    public = [config for _, config in compose_sweep([*FAST, "seed=0,1"])]
+    announce(public, yes=False)
+    assert capsys.readouterr().out == ""
+    remembered = dataclasses.replace(
+        public[1], federation=dataclasses.replace(public[1].federation, sites="sites")
+    )
+    real = next(config for _, config in compose_sweep([*FAST, *REAL]))
+    for other in (remembered, real):
+        with pytest.raises(ConfigError, match="--yes"):
+            announce([public[0], other], yes=False)
+        announce([public[0], other], yes=True)
+
+
+def test_yes_starts_the_sweep(tmp_path: Path) -> None:
+    ended = heavy()("run", "-m", "--yes", *FAST, *REAL, cwd=tmp_path, before=FAILING)
+    assert (ended.code, ended.err.count("error")) == (0, 0), ended.err
+    assert len(saved(tmp_path)["jobs"]) == 2
+    assert ended.out.index("cost together") < ended.out.index("[1/2]")

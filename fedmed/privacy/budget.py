@@ -95,6 +95,8 @@ class Budget:
         # The division rounds; the filter's own sum decides.
         while times and not self.allows(Counter(charges) + Counter({event: times})):
             times -= 1
+        while self.allows(Counter(charges) + Counter({event: times + 1})):
+            times += 1
         return times
 
 

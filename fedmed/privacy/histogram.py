@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from fedmed.config import PrivacyConfig
 from fedmed.errors import PrivacyError, require
 from fedmed.privacy.accounting import calibrate_noise, epsilon_of
+from fedmed.privacy.events import to_json
 from fedmed.privacy.expected_error import ASSUMED_AUC, expected_auc_error
 from fedmed.privacy.plan import PrivacyPlan, declared_delta
 from fedmed.privacy.randomness import RandomSource
@@ -138,6 +140,14 @@ def site_events(plan: PrivacyPlan, histogram: HistogramPlan | None) -> list[dp_a
     conservative claim.
     """
     return [plan.event()] if histogram is None else [plan.event(), histogram.event()]
+
+
+def site_charges(plan: PrivacyPlan, histogram: HistogramPlan | None) -> Counter[str]:
+    """What a site's ledger holds for a whole run: how often each event, as JSON, may run."""
+    charges = Counter({to_json(plan.event(rounds=1)): plan.rounds})
+    if histogram is not None:
+        charges[to_json(histogram.event())] += 1
+    return charges
 
 
 def site_epsilon(plan: PrivacyPlan, histogram: HistogramPlan | None, *, accountant: str = "pld") -> float:

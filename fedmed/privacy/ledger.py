@@ -107,7 +107,7 @@ class Ledger:
         self._enrolled: dict[str, int] = {}
         with self._errors():
             self._connection = _connect(path)
-            self._check_version()
+            check_version(self._connection, path=path)
         self.refresh()
         if self.account.public_key not in (None, signer.public_key.hex()):
             raise LedgerError(
@@ -287,11 +287,7 @@ class Ledger:
 
     def entries(self, after: int = 0) -> Iterator[Entry]:
         """The stored entries, oldest first."""
-        rows = self._connection.execute(
-            "SELECT number, body, hash, signature FROM entries WHERE number > ? ORDER BY number", (after,)
-        )
-        for number, body, digest, signature in rows:
-            yield Entry(number, body, digest, bytes(signature))
+        return stored_entries(self._connection, after)
 
     def replies(self) -> dict[str, bytes]:
         """The stored answers, by attempt."""
@@ -304,12 +300,7 @@ class Ledger:
             self._catch_up()
 
     def _catch_up(self) -> None:
-        for entry in self.entries(self._last.number):
-            if not follows(entry, self._last):
-                raise LedgerError(
-                    f"{self.path}: entry {entry.number} does not follow the one before it; nothing is trained on "
-                    "a damaged ledger: run fedmed privacy verify, and restore the file from a backup"
-                )
+        for entry in chained(self._connection, self._last, path=self.path):
             values = entry.values
             self.account.apply(values)
             self._last, self._last_time = entry, max(self._last_time, values["time"])
@@ -371,18 +362,6 @@ class Ledger:
         except (sqlite3.Error, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise LedgerError(f"{self.path}: {_advice(error)}; nothing was trained or released") from None
 
-    def _check_version(self) -> None:
-        application = self._connection.execute("PRAGMA application_id").fetchone()[0]
-        version = self._connection.execute("PRAGMA user_version").fetchone()[0]
-        if application != APPLICATION:
-            raise LedgerError(f"{self.path}: is no ledger of fedmed; restore it from a backup")
-        if version != VERSION:
-            raise LedgerError(
-                f"{self.path}: has format {version}, this fedmed reads {VERSION}; install the fedmed that wrote it"
-            )
-        if self._connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
-            raise sqlite3.DatabaseError("damaged")
-
 
 def new_ledger(signer: Signer, *, site: str) -> bytes:
     """The file of a new ledger, whose first entry names the site and its public key.
@@ -422,6 +401,50 @@ def follows(entry: Entry, last: Entry) -> bool:
         and entry.hash == hash_of(entry.number, entry.body)
         and entry.values.get("previous") == last.hash
     )
+
+
+def stored_entries(connection: sqlite3.Connection, after: int = 0) -> Iterator[Entry]:
+    """The entries of an open file, oldest first, as they are."""
+    rows = connection.execute(
+        "SELECT number, body, hash, signature FROM entries WHERE number > ? ORDER BY number", (after,)
+    )
+    for number, body, digest, signature in rows:
+        yield Entry(number, body, digest, bytes(signature))
+
+
+def chained(connection: sqlite3.Connection, last: Entry, *, path: Path) -> Iterator[Entry]:
+    """The entries after `last`, each of which follows the one before it.
+
+    Raises:
+        LedgerError: at the first that does not.
+    """
+    for entry in stored_entries(connection, last.number):
+        if not follows(entry, last):
+            raise LedgerError(
+                f"{path}: entry {entry.number} does not follow the one before it; nothing is trained on "
+                "a damaged ledger: run fedmed privacy verify, and restore the file from a backup"
+            )
+        yield entry
+        last = entry
+
+
+def check_version(connection: sqlite3.Connection, *, path: Path) -> None:
+    """Return if the file is a ledger that this version reads.
+
+    Raises:
+        LedgerError: it is something else, or of another version.
+        sqlite3.DatabaseError: it is damaged.
+    """
+    application = connection.execute("PRAGMA application_id").fetchone()[0]
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if application != APPLICATION:
+        raise LedgerError(f"{path}: is no ledger of fedmed; restore it from a backup")
+    if version != VERSION:
+        raise LedgerError(
+            f"{path}: has format {version}, this fedmed reads {VERSION}; install the fedmed that wrote it"
+        )
+    if connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+        raise sqlite3.DatabaseError("damaged")
 
 
 def _connect(path: Path) -> sqlite3.Connection:
