@@ -10,6 +10,7 @@ from fedmed.config import TabularModelConfig, TextModelConfig
 from fedmed.errors import PrivacyError
 
 if TYPE_CHECKING:
+    from fedmed.privacy.histogram import HistogramPlan
     from fedmed.privacy.plan import PrivacyPlan
     from fedmed.records import Instruction
     from fedmed.task import TableTaskConfig
@@ -43,12 +44,13 @@ def model_name(model: TextModelConfig | TabularModelConfig) -> str:
     return model.package or PurePath(model.path or "").name
 
 
-def epsilon(plan: "PrivacyPlan") -> tuple[float, str]:
-    """What the whole plan costs, and the same in words: never less than it is."""
+def epsilon(plan: "PrivacyPlan", histogram: "HistogramPlan | None" = None) -> tuple[float, str]:
+    """What the whole run costs, private metrics included, and the same in words: never less than it is."""
     from fedmed.privacy.accounting import LARGEST_EPSILON, round_up
+    from fedmed.privacy.histogram import site_epsilon
 
     try:
-        cost = plan.epsilon()
+        cost = site_epsilon(plan, histogram)
     except PrivacyError:
         return math.inf, f"above {LARGEST_EPSILON:g}"
     return cost, str(round_up(cost, digits=4))

@@ -13,9 +13,10 @@ from pydantic_core import PydanticCustomError
 from clients.asked import DIGEST, epsilon, model_name, not_private, shown, task_digest
 from clients.refusal import Refusal, Rule
 from fedmed.config import TabularModelConfig, TextModelConfig
-from fedmed.errors import FedmedError
+from fedmed.errors import FedmedError, PrivacyError
 
 if TYPE_CHECKING:
+    from fedmed.privacy.histogram import HistogramPlan
     from fedmed.privacy.plan import PrivacyPlan
     from fedmed.records import Instruction
 
@@ -260,7 +261,7 @@ class Policy(_Section):
             if noisy or rule not in (Rule.MAX_GRAD_NORM, Rule.DELTA):
                 yield rule, asked <= most, str(asked), f"at most {most}"
         if noisy:
-            cost, words = epsilon(plan)
+            cost, words = epsilon(plan, _histogram(instruction, site))
             yield Rule.EPSILON, cost <= self.epsilon_per_run, words, f"at most {self.epsilon_per_run}"
 
     def _lists(self, model: TextModelConfig | TabularModelConfig) -> bool:
@@ -272,6 +273,17 @@ class Policy(_Section):
 def _in_words(model: TextModelConfig | TabularModelConfig) -> str:
     pinned = "" if isinstance(model, TabularModelConfig) else f" (sha256 {shown(model.sha256)})"
     return shown(model_name(model)) + pinned
+
+
+def _histogram(instruction: "Instruction", site: str) -> "HistogramPlan | None":
+    """The plan of the site's private metrics, if there are any."""
+    from fedmed.privacy.histogram import metrics_plans
+
+    try:
+        return metrics_plans(instruction.task, instruction.privacy).get(site)
+    except PrivacyError:
+        # Metrics that are not worth their epsilon: the quote refuses them, and nothing is promised.
+        return None
 
 
 def _own_plan(instruction: "Instruction", site: str) -> "PrivacyPlan":
