@@ -1,4 +1,4 @@
-"""`fedmed site`: a site's folder, its policy, and the runs that wait for a person. Heavy imports wait until a command runs."""
+"""`fedmed site`: a folder, its policy, runs that wait for a person. Heavy imports wait until a command runs."""
 
 import json
 from pathlib import Path

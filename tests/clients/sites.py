@@ -71,6 +71,7 @@ def make_sites(
 
 
 def make_site(path: Path, name: str, *, held_out: str, budget: float | None, **policy: Any) -> SiteFolder:
+    path.parent.mkdir(parents=True, exist_ok=True)
     SiteFolder.init(path, name=name)
     change_policy(path, **{**GENEROUS, "metrics": {"held_out": held_out}, **policy})
     with ledger_of(path) as ledger:
