@@ -114,6 +114,7 @@ def requests(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Print every run that was asked for, and what became of it."""
+    from clients.asked import shown
     from clients.officer import opened
 
     with opened(folder) as guard:
@@ -131,9 +132,10 @@ def requests(
     for run, what in found.items():
         cost = what["not_private"] and f"NOT PRIVATE ({what['not_private']})"
         cost = cost or f"epsilon {what['epsilon']:.2f} at delta {what['delta']:g}"
+        # Names and titles are the coordinator's own text.
         typer.echo(f"{run}: {what['decision']}")
         typer.echo(
-            f"  {what['task']}; {what['model']}, {what['adapter']}; {what['rounds']} rounds; {cost}; "
+            f"  {shown(what['task'])}; {shown(what['model'])}, {what['adapter']}; {what['rounds']} rounds; {cost}; "
             f"metrics: {what['metrics']}"
         )
     if not found:

@@ -4,10 +4,11 @@
 nothing is remembered, and nothing leaves the machine.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -106,6 +107,8 @@ class Guard:
         waiting = refusal = None
         epsilon, size = None, 0
         try:
+            # What an officer decided meanwhile, in another process.
+            self.ledger.refresh()
             self._check(instruction, site)
             answer = local_site.quote(instruction, site)
             epsilon, size = answer.epsilon, answer.declared_size
@@ -130,7 +133,8 @@ class Guard:
 
     def train(self, instruction: Instruction, site: str, arrays: Arrays, content: RecordDict) -> RecordDict:
         self._check(instruction, site)
-        approval = self._approved(instruction, site)
+        with self._logged():
+            approval = self._approved(instruction, site)
 
         def work() -> tuple[Receipt, Arrays]:
             update = local_site.work(self._here(instruction), site, arrays, split_key=self.folder.split_key)
@@ -151,7 +155,8 @@ class Guard:
         self, instruction: Instruction, site: str, arrays: Arrays, content: RecordDict
     ) -> RecordDict:
         self._check(instruction, site)
-        approval = self._approved(instruction, site)
+        with self._logged():
+            approval = self._approved(instruction, site)
         if instruction.privacy.metrics == "private":
             return self._charged(
                 instruction,
@@ -178,14 +183,16 @@ class Guard:
         mechanism: Callable[[], Any],
     ) -> RecordDict:
         """Reserve, open data, run a mechanism, commit; or the stored answer to the same request."""
-        attempt = self.ledger.reserve(
-            instruction.run_id, purpose=purpose, round=instruction.round, request=digest(content)
-        )
+        with self._logged():
+            attempt = self.ledger.reserve(
+                instruction.run_id, purpose=purpose, round=instruction.round, request=digest(content)
+            )
         if isinstance(attempt, Stored):
             return self.gate.release(Repeated(attempt.content))
         try:
             local_site.load(instruction)
-            self.ledger.open_data(attempt)
+            with self._logged():
+                self.ledger.open_data(attempt)
         except Exception:
             if attempt.state == "reserved":
                 self.ledger.refund(attempt.nonce, by="site", why="it failed before data was opened")
@@ -236,6 +243,7 @@ class Guard:
         Raises:
             Refusal: nobody did.
         """
+        self.ledger.refresh()
         waiting = self._approval(instruction, site)
         if waiting:
             raise Refusal(
@@ -296,6 +304,15 @@ class Guard:
         held = self.ledger.account.holds.get((instruction.run_id, "train"))
         return held.event if held else None
 
+    @contextlib.contextmanager
+    def _logged(self) -> Iterator[None]:
+        """Put what the ledger says, and what to do about it, into the site's log; none of it leaves."""
+        try:
+            yield
+        except LedgerError as error:
+            self._said(Code.LEDGER, error)
+            raise
+
     def _said(self, code: Code, error: FedmedError) -> str:
         """The code that leaves; the words stay in the site's log."""
         log.error("%s: %s", code, error)
@@ -309,8 +326,13 @@ def open_guard(path: str) -> Guard:
     Raises:
         SiteError, PolicyError, LedgerError: the folder cannot be used.
     """
-    folder = SiteFolder.open(Path(path))
-    return Guard(folder, Ledger(folder.path / LEDGER, folder))
+    try:
+        folder = SiteFolder.open(Path(path))
+        return Guard(folder, Ledger(folder.path / LEDGER, folder))
+    except FedmedError as error:
+        # No data has been opened: this is of files and settings, and says what to do about them.
+        log.error("%s", error)
+        raise
 
 
 def _release(instruction: Instruction) -> Any:

@@ -261,7 +261,8 @@ def constant_failure(
     """
     try:
         return call_next(message, context)
-    except Exception as error:
+    # A library may end the process in its own words.
+    except (Exception, SystemExit) as error:
         # The text of an exception may hold data; its type and place do not.
         frame = error.__traceback__
         while frame is not None and frame.tb_next is not None:

@@ -122,6 +122,9 @@ def read_instruction(content: RecordDict) -> tuple[Instruction, Arrays]:
         # Exactly: NaN, 1.5 and true slip through comparisons with a whole number.
         if type(values[name]) is not expected:
             raise ConfigError(f"instruction.{name}: expected {type_in_words(expected)}")
+    # A person at a site reads it on a terminal, and the ledger keeps it.
+    word = 0 < len(values["run_id"]) <= 200 and values["run_id"].isprintable()
+    require(word, "instruction.run_id", "…", "1 to 200 printable characters")
     require(0 <= values["proximal_mu"] < math.inf, "instruction.proximal_mu", values["proximal_mu"], ">= 0")
     for group in ("task", "model", "adapter", "privacy"):
         values[group] = parse(group, values[group])

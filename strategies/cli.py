@@ -152,11 +152,14 @@ def _check(config: "RunConfig", *, records: bool = True) -> list[str]:
 
     check(config.tracking)
     _check_sites(config)
+    if config.federation.sites:
+        # Only a site itself opens its data, and not before its policy and its budget allow it.
+        records = False
     if not config.task.declared_sizes:
         # The column's values are not listed: of a mistyped column they might be patient ids.
-        found = len(sites_in(config.task))
+        found = "" if config.federation.sites else f" has {len(sites_in(config.task))} values"
         raise ConfigError(
-            f"task.declared_sizes: none declared; column '{config.task.site_column}' has {found} values; declare a "
+            f"task.declared_sizes: none declared; column '{config.task.site_column}'{found}; declare a "
             f"public number of {config.task.unit}s for each site, e.g. 'task.declared_sizes={{A: 100, B: 80}}', or "
             "propose them with: fedmed task describe FILE"
         )
@@ -173,6 +176,8 @@ def _check(config: "RunConfig", *, records: bool = True) -> list[str]:
         warnings += [f"site '{site}': {count} record(s) left out: {reason}" for reason, count in left_out]
     # Refused where it would not be worth its epsilon.
     metrics_plans(config.task, config.privacy)
+    if config.federation.sites:
+        return warnings
     undeclared = {
         site: rows for site, rows in sites_in(config.task).items() if site not in config.task.declared_sizes
     }

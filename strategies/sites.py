@@ -171,13 +171,15 @@ class Sites:
                 continue
             traffic.up += array_bytes(reply.content)
             try:
-                answers[node] = read(reply.content)
-                head = read_head(reply.content)
-                if head is not None:
-                    self.received(name, *head)
+                answer, head = read(reply.content), read_head(reply.content)
             # Whatever a site sends, parsers of JSON and arrays may raise anything: it must not end the run.
             except Exception as error:
                 log.warning("%s sent an unreadable %s reply (%s); dropped", name, kind, type(error).__name__)
+                continue
+            answers[node] = answer
+            if head is not None:
+                # Before the first quote nobody knows which node is which site.
+                self.received(answer.site if isinstance(answer, Quote) else name, *head)
         return answers, traffic
 
     def _exchange(self, messages: list[Message], sent: dict[str, int]) -> Iterable[Message]:

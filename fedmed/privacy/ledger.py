@@ -157,9 +157,14 @@ class Ledger:
     # The life of a run.
 
     def request(self, run: str, *, what: dict[str, Any]) -> None:
-        """Record that a run was asked for which waits for a person; once, unless it asks for something else."""
+        """Record that a run was asked for which waits for a person: once, and anew when its settings changed.
+
+        A request that nobody has decided on is not exchanged for another: a person decides on what was shown.
+        """
         with self._transaction():
-            if self.account.requests.get(run) != what:
+            earlier, decision = self.account.requests.get(run), self.account.decisions.get(run)
+            decided = decision is not None and decision["what"] == earlier
+            if earlier is None or (decided and earlier != what):
                 self._append({"kind": "request", "run": run, "what": what})
 
     def hold(self, run: str, *, cohort: str, purpose: str, event: str, rounds: int) -> Hold:
