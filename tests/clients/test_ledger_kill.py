@@ -40,7 +40,9 @@ ROUNDS = 40
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory) -> Instruction:
     path = table(tmp_path_factory.mktemp("data") / "t.csv")
-    return instruction(settings(path, f"rounds={ROUNDS}", "privacy.epsilon=null", "privacy.noise_multiplier=20"))
+    return instruction(
+        settings(path, f"rounds={ROUNDS}", "privacy.epsilon=null", "privacy.noise_multiplier=20")
+    )
 
 
 def new_site(parent: Path) -> Path:
@@ -129,7 +131,8 @@ def test_killed_at_random_it_shows_every_round_that_left(tmp_path: Path, asked: 
             assert stored[attempt.nonce] == reply
         folder = SiteFolder.open(site)
         verdict = verify(
-            site / LEDGER, verifies=lambda data, mark, key=folder.public_key: verify_signature(key, data, mark)
+            site / LEDGER,
+            verifies=lambda data, mark, key=folder.public_key: verify_signature(key, data, mark),
         )
         assert verdict.ok, verdict
         if index % 4 == 0:
@@ -138,7 +141,10 @@ def test_killed_at_random_it_shows_every_round_that_left(tmp_path: Path, asked: 
     assert kills > 0.8 * total
     assert left > 0
     figure("milliseconds a round", f"{1000 * each:.0f}")
-    figure("kills, replies that had left, rounds that were begun and never sent", f"{kills}, {left}, {unfinished}")
+    figure(
+        "kills, replies that had left, rounds that were begun and never sent",
+        f"{kills}, {left}, {unfinished}",
+    )
 
 
 def _repeated(site: Path, run: Instruction, arrays: Arrays, replies: list[bytes], spent: int) -> None:
