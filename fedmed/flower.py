@@ -261,8 +261,10 @@ def constant_failure(
     """
     try:
         return call_next(message, context)
-    # A library may end the process in its own words.
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    # Not Exception alone: a panic in Rust (tokenizers, safetensors) is none, and a library may end the process.
+    except BaseException as error:
         # The text of an exception may hold data; its type and place do not.
         frame = error.__traceback__
         while frame is not None and frame.tb_next is not None:

@@ -92,3 +92,82 @@ def test_the_other_rules_hold_in_every_folder() -> None:
         assert "All checks passed" in ruff(
             "import ast\nimport os\n\n__all__ = ['ast', 'os']\n", f"{package}/new.py"
         )
+
+
+def calls(path: Path) -> list[tuple[str, str]]:
+    """Every call in a file: the function that it stands in, and the name that is called."""
+    found = []
+
+    def walk(node: ast.AST, inside: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            here = child.name if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) else inside
+            if isinstance(child, ast.Call):
+                found.append((here, ast.unparse(child.func).rpartition(".")[2]))
+            walk(child, here)
+
+    walk(ast.parse(path.read_text("utf-8")), "")
+    return found
+
+
+def test_nothing_but_the_gate_s_output_becomes_a_message_of_a_site() -> None:
+    """A reply is made in one place, from what a desk gives, which is what its gate released."""
+    files = [path for path in FILES if path.relative_to(ROOT).parts[0] == "clients"]
+    every = [(path.name, *call) for path in files for call in calls(path)]
+    assert [call for call in every if call[2] == "Message"] == [("client_app.py", "_reply", "Message")]
+    handlers = [call for call in every if call[2] == "_reply"]
+    assert {name for _, name, _ in handlers} == {"query", "end", "train", "evaluate"}
+    # No content is made by hand.
+    for made in ("RecordDict", "ConfigRecord", "ArrayRecord", "MetricRecord", "Array", "Error"):
+        assert made not in {name for _, _, name in every}
+    # Whatever a desk returns, the gate has released.
+    for desk in desks(ROOT / "clients" / "guard.py"):
+        for method in ("quote", "train", "evaluate", "end"):
+            returned = [ast.unparse(node.value) for node in returns(desk, method)]
+            assert returned
+            assert all(text.startswith(("self.gate.release(", "Gate(None).release(", "self._charged("))
+                       for text in returned)  # fmt: skip
+    guard = next(desk for desk in desks(ROOT / "clients" / "guard.py") if desk.name == "Guard")
+    charged = [ast.unparse(node.value) for node in returns(guard, "_charged")]
+    assert charged
+    assert all(text.startswith("self.gate.release(") for text in charged)
+
+
+def desks(path: Path) -> list[ast.ClassDef]:
+    found = [node for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.ClassDef)]
+    assert {"Guard", "NoGuard"} <= {node.name for node in found}
+    return [node for node in found if node.name in ("Guard", "NoGuard")]
+
+
+def returns(desk: ast.ClassDef, method: str) -> list[ast.Return]:
+    """The method's own return statements, without those of functions within it."""
+    function = next(node for node in desk.body if isinstance(node, ast.FunctionDef) and node.name == method)
+    inner = {id(leaf) for node in ast.walk(function) if isinstance(node, ast.FunctionDef) and node is not function
+             for leaf in ast.walk(node)}  # fmt: skip
+    return [node for node in ast.walk(function)
+            if isinstance(node, ast.Return) and node.value is not None and id(node) not in inner]  # fmt: skip
+
+
+def test_records_for_outside_are_built_by_the_gate_alone() -> None:
+    """What leaves a site is written by `fedmed/privacy/release.py`; the coordinator writes instructions."""
+    builders = {
+        "quote_record",
+        "update_record",
+        "scores_record",
+        "private_scores_record",
+        "ended_record",
+        "head_record",
+    }
+    where = {
+        path.relative_to(ROOT).as_posix() for path in FILES for _, name in calls(path) if name in builders
+    }
+    assert where == {"fedmed/privacy/release.py"}
+    messages = {
+        (path.relative_to(ROOT).as_posix(), inside)
+        for path in FILES
+        for inside, name in calls(path)
+        if name == "Message"
+    }
+    assert messages == {
+        ("clients/client_app.py", "_reply"), ("strategies/sites.py", "_ask"), ("fedmed/flower.py", "create_message"),
+        ("fedmed/flower.py", "constant_failure"), ("fedmed/flower.py", "_unavailable"),
+    }  # fmt: skip

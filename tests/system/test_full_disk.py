@@ -1,0 +1,132 @@
+"""A site whose disk is full or cannot be written: training stops before data is touched. Needs root, for its mounts."""
+
+import logging
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import clients.site
+from clients.folder import SiteError, SiteFolder
+from clients.guard import open_guard
+from fedmed.privacy.budget import Budget
+from tests.clients.sites import account, instruction, make_site, quoted, settings, states, table, trained
+
+
+def mounted(*options: str) -> None:
+    subprocess.run(["mount", *options], check=True, capture_output=True, timeout=30)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of one megabyte."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted("-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place))
+    try:
+        yield place
+    finally:
+        open_guard.cache_clear()
+        subprocess.run(["umount", "--lazy", str(place)], check=True, timeout=30)
+
+
+@pytest.fixture
+def no_data(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every opening of data."""
+    calls: list[str] = []
+    read = clients.site.read_site
+    monkeypatch.setattr(
+        clients.site, "read_site", lambda *a, **o: (calls.append("read_site"), read(*a, **o))[1]
+    )
+    return calls
+
+
+def fill(disk: Path) -> Path:
+    """Leave no byte free."""
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        for size in (4096, 1):
+            while True:
+                try:
+                    file.write(b"x" * size)
+                except OSError:
+                    break
+    return ballast
+
+
+def test_a_full_disk_stops_a_run_before_it_is_promised_anything(
+    disk: Path, tmp_path: Path, no_data: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    site = make_site(disk / "a", "a", held_out="none", budget=30).path
+    asked = instruction(settings(table(tmp_path / "t.csv")))
+    ballast = fill(disk)
+    caplog.set_level(logging.INFO)
+    assert quoted(site, asked).refusal == "ledger-unavailable"
+    assert trained(site, asked).error.reason == "site-failed"
+    assert "the disk is full; free some space on it; nothing was trained or released" in caplog.text
+    assert no_data == []
+    ballast.unlink()
+    assert states(site) == []
+    assert account(site).cohort("default").charges.total() == 0
+    # Once there is room, the same process goes on.
+    assert quoted(site, asked).refusal is None
+    assert trained(site, asked).has_content()
+    assert no_data
+
+
+def test_a_disk_that_fills_up_after_the_promise_stops_the_round(
+    disk: Path, tmp_path: Path, no_data: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    site = make_site(disk / "a", "a", held_out="none", budget=30).path
+    asked = instruction(settings(table(tmp_path / "t.csv")))
+    assert quoted(site, asked).refusal is None
+    ballast = fill(disk)
+    # The write-ahead log may have room for a few entries more; not for many.
+    for number in range(200):
+        reply = trained(site, asked, {name: v + number for name, v in _start(asked).items()})
+        if reply.has_error() and "the disk is full" in caplog.text:
+            break
+    assert "the disk is full; free some space on it" in caplog.text
+    opened = len(no_data)
+    assert trained(site, asked, {name: v - 1 for name, v in _start(asked).items()}).has_error()
+    assert len(no_data) == opened
+    ballast.unlink()
+    cohort = account(site).cohort("default")
+    assert isinstance(cohort.budget, Budget)
+    # What was promised is what may be used: not a round more.
+    assert cohort.charges.total() == 2
+
+
+def _start(asked):  # type: ignore[no-untyped-def]
+    from tests.clients.sites import start
+
+    return start(asked)
+
+
+def test_a_disk_that_is_mounted_read_only_stops_a_run_and_says_what_to_do(
+    disk: Path, tmp_path: Path, no_data: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    site = make_site(disk / "a", "a", held_out="none", budget=30).path
+    asked = instruction(settings(table(tmp_path / "t.csv")))
+    mounted("-o", "remount,ro", str(disk))
+    caplog.set_level(logging.INFO)
+    # Whether SQLite can open it at all depends on what its last writer left there.
+    try:
+        assert quoted(site, asked).refusal == "ledger-unavailable"
+    except ValueError:
+        pass
+    assert trained(site, asked).error.reason == "site-failed"
+    assert "mount its disk read-write" in caplog.text
+    assert no_data == []
+    mounted("-o", "remount,rw", str(disk))
+    assert states(site) == []
+
+
+def test_no_site_is_made_on_a_full_disk(disk: Path) -> None:
+    ballast = fill(disk)
+    with pytest.raises(SiteError, match="No space left on device"):
+        SiteFolder.init(disk / "a", name="a")
+    ballast.unlink()
+    assert not (disk / "a").exists()
+    SiteFolder.init(disk / "a", name="a")
