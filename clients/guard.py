@@ -19,6 +19,7 @@ from flwr.app import RecordDict
 from clients import site as local_site
 from clients.asked import model_name, not_private, run_epsilon
 from clients.folder import LEDGER, SiteFolder
+from clients.policy import ANY
 from clients.refusal import Refusal, Rule
 from fedmed.errors import FedmedError, ModelError
 from fedmed.privacy.account import BudgetError
@@ -205,7 +206,7 @@ class Guard:
     def _here(self, instruction: Instruction) -> Instruction:
         """The instruction on this site's own table, where site.yaml names one."""
         data = self.folder.policy.data
-        task = instruction.task if data is None else replace(instruction.task, path=data)
+        task = instruction.task if data in (None, ANY) else replace(instruction.task, path=data)
         return replace(instruction, task=task)
 
     def _check(self, instruction: Instruction, site: str) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Release = Literal["none", "private", "exact"]
 # From what says least to what says most.
 RELEASES: tuple[Release, ...] = ("none", "private", "exact")
-# In `tasks`: whatever a person approves.
+# In `tasks`: whatever a person approves; in `data`: whatever a run names.
 ANY = "*"
 
 
@@ -87,9 +87,9 @@ class Policy(_Section):
     )
     data: str | None = option(
         None,
-        "The table that runs read, whatever they name. null: the table that the run names, which only a task that is "
-        "listed by its digest may do.",
-        "a file, or null",
+        "The table that runs read, whatever they name. null: the table that the run names, where the task is listed by "
+        'its digest. "*": whatever table a run names, as in a simulation on one machine.',
+        'a file, "*", or null',
     )
     patient_column: str | None = option(
         None,

@@ -31,7 +31,8 @@ LARGE = "task.declared_sizes={a: 600, b: 600}"
 PRIVATE_METRICS = ("privacy.metrics=private", "privacy.metrics_epsilon=8", LARGE)
 # All of it together costs some 9.
 GENEROUS: dict[str, Any] = {
-    "tasks": (TITLE,), "needs_approval": False, "epsilon_per_run": 15.0, "epsilon_total": 90.0,
+    "data": "*", "patient_column": "id", "tasks": (TITLE,), "needs_approval": False,
+    "epsilon_per_run": 15.0, "epsilon_total": 90.0,
 }  # fmt: skip
 
 

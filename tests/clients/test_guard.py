@@ -225,7 +225,7 @@ def test_a_run_waits_until_a_person_decides_in_another_process(
     if verdict == "approve":
         _, said = run(asked)
         run_id = RunFolder(tmp_path / "run").run_id
-        assert f"fedmed site approve {run_id}" in said
+        assert f"fedmed site approve DIR {run_id}" in said
         assert states(sites / "b") == ["request", "decision", "hold", *ROUND, *ROUND, "returned"]
     else:
         with pytest.raises(ConfigError) as refused:
