@@ -40,7 +40,7 @@ test: lint types  ## Lint, types and tests, at most 10 minutes
 test-full: install  ## The same tests at the full counts
 	FEDMED_TEST_FULL=1 $(BIN)/python -m pytest
 
-test-system: install  ## What needs a browser: the report, looked at by Chromium
+test-system: install  ## What needs a browser or root: the report in Chromium, a site on a full disk
 	./tests/system/run
 
 constraints: install  ## Write the versions of .venv to constraints.txt

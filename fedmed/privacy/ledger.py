@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import secrets
+import shutil
 import sqlite3
 import tempfile
 import time
@@ -32,6 +33,8 @@ APPLICATION = 0x666D4C67
 CLOCK_SLACK = 60.0
 # How long one process waits for another one's entry.
 BUSY_SECONDS = 60.0
+# Bytes: SQLite's index of a write-ahead log, and a few entries.
+LEAST_ROOM = 65_536
 
 TABLES = """
 CREATE TABLE entries (
@@ -365,7 +368,9 @@ class Ledger:
         try:
             yield
         except (sqlite3.Error, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise LedgerError(f"{self.path}: {_advice(error)}; nothing was trained or released") from None
+            raise LedgerError(
+                f"{self.path}: {_advice(error, self.path)}; nothing was trained or released"
+            ) from None
 
 
 def new_ledger(signer: Signer, *, site: str) -> bytes:
@@ -459,11 +464,19 @@ def _connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def _advice(error: Exception) -> str:
+def _without_room(path: Path) -> bool:
+    try:
+        return shutil.disk_usage(path.parent).free < LEAST_ROOM
+    except OSError:
+        return False
+
+
+def _advice(error: Exception, path: Path) -> str:
     text = str(error)
     if "readonly" in text or "read-only" in text or "unable to open" in text:
         return "cannot be written to; mount its disk read-write and give this user access to the file and its folder"
-    if "full" in text:
+    # Where there is no room for the log's index, SQLite says no more than that the disk failed.
+    if "full" in text or ("I/O error" in text and _without_room(path)):
         return "the disk is full; free some space on it"
     if "locked" in text:
         return f"another process has held it for {BUSY_SECONDS:.0f} s; see which with fuser, or wait"

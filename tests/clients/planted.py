@@ -67,7 +67,8 @@ def table(folder: Path) -> Planted:
         "task.label=sick", "task.patient_column=id", "task.declared_sizes={a: 600, b: 600}",
         "task.columns={age: {kind: numeric, low: 0, high: 100}, sex: {kind: categorical, categories: [f, m]}}",
         "model=logistic", "rounds=2", "training.sample_rate=0.5", "training.steps_per_round=2",
-        "privacy.epsilon=null", "privacy.noise_multiplier=2", "privacy.metrics=private", "privacy.metrics_epsilon=8", "federation.approval_timeout=0",
+        "privacy.epsilon=null", "privacy.noise_multiplier=2", 
+        "privacy.metrics=private", "privacy.metrics_epsilon=8", "federation.approval_timeout=0",
     ]  # fmt: skip
     made = Planted(folder / "patients.csv", settings, rows)
     made.more = {hashlib.sha256(row[1].encode()).hexdigest() for row in rows}

@@ -36,6 +36,7 @@ from fedmed.config import OPTIONS
 from fedmed.data.table import read_site
 from fedmed.errors import DataError, FedmedError
 from fedmed.flower import InProcessGrid
+from fedmed.privacy.events import to_json
 from fedmed.privacy.ledger import Ledger
 from fedmed.records import Arrays, Instruction, read_quote, to_bytes
 from tests.clients.planted import COLUMNS, HASH, ID, MARK, NUMBER, PLANTERS, Planted, all_bytes, leaks, table
@@ -392,7 +393,11 @@ def test_whatever_raises_with_a_value_in_its_words_is_one_constant(
 
 def exhausted(stage: Stage) -> None:
     with ledger_of(stage.site) as ledger:
-        ledger.set_budget("default", epsilon=1.5, delta=None, by="officer", why=SAID)
+        event = to_json(stage.asked.plans["a"].event(rounds=1))
+        cohort = ledger.account.cohort("default")
+        assert cohort.budget is not None
+        rounds = cohort.budget.rounds_that_fit(cohort.charges, event)
+        ledger.hold("another", cohort="default", purpose="train", event=event, rounds=rounds)
 
 
 def policy(**values: Any) -> Action:
