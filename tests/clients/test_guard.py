@@ -27,9 +27,9 @@ from fedmed.errors import ConfigError, Interrupted
 from fedmed.privacy.events import from_json
 from strategies.folder import Progress, RunFolder
 from tests.clients.sites import (
+    GENEROUS,
     PRIVATE_METRICS,
     SIZES,
-    TITLE,
     account,
     ask,
     change_policy,
@@ -250,7 +250,7 @@ def test_without_time_to_wait_the_run_ends_at_once(tmp_path: Path, data: Path, o
     sites = make_sites(tmp_path / "sites", "a")
     make_site(sites / "b", "b", held_out="none", budget=30, needs_approval=True)
     began = time.monotonic()
-    with pytest.raises(ConfigError, match=r"site 'b': a person .* fedmed site approve run-.*nobody did"):
+    with pytest.raises(ConfigError, match=r"site 'b': a person .* fedmed site approve DIR run-.*nobody did"):
         run(settings(data, f"federation.sites={sites}", f"run_dir={tmp_path / 'run'}"))
     assert time.monotonic() - began < 20
     assert states(sites / "a") == ["hold", "returned"]
@@ -381,7 +381,7 @@ def test_another_site_s_part_is_refused(tmp_path: Path, data: Path, opened: list
     made = make_site(tmp_path / "b", "b", held_out="none", budget=30).path
     asked = instruction(settings(data))
     moved = made.rename(tmp_path / "a")
-    change_policy(tmp_path / "a", tasks=(TITLE,), needs_approval=False)
+    change_policy(tmp_path / "a", **{**GENEROUS, "epsilon_per_run": 3.0})
     text = (moved / "site.yaml").read_text()
     (moved / "site.yaml").write_text(text.replace("name: a", "name: b"))
     assert "asked another site's part" in (quoted(moved, asked).refusal or "")

@@ -41,6 +41,7 @@ from fedmed.privacy.ledger import Ledger
 from fedmed.records import Arrays, Instruction, read_quote, to_bytes
 from tests.clients.planted import COLUMNS, HASH, ID, MARK, NUMBER, PLANTERS, Planted, all_bytes, leaks, table
 from tests.clients.sites import (
+    GENEROUS,
     account,
     ask,
     change_policy,
@@ -402,9 +403,8 @@ def exhausted(stage: Stage) -> None:
 
 def policy(**values: Any) -> Action:
     return lambda stage: change_policy(
-        stage.site, **{"tasks": ("a small table",), "needs_approval": False, "epsilon_total": 90.0,
-                       "epsilon_per_run": 15.0, "cohort": "default", **values}
-    )  # fmt: skip
+        stage.site, **{**GENEROUS, "metrics": {"held_out": "private"}, "cohort": "default", **values}
+    )
 
 
 def model(stage: Stage, folder: str, sha256: str) -> None:
