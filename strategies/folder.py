@@ -22,7 +22,7 @@ from fedmed.schema import from_dict, to_dict
 from strategies.base import Arrays, State
 
 CHECKPOINT = "checkpoint.safetensors"
-RUN_ID, RECEIPTS = "run_id", "receipts.jsonl"
+RECEIPTS = "receipts.jsonl"
 # What a finished run says of its cost, for people and for programs.
 STATEMENTS = ("summary.json", "report.html", "MODEL_CARD.md")
 
@@ -62,8 +62,7 @@ class RunFolder:
             )
         path.mkdir(parents=True, exist_ok=True)
         folder = cls(path)
-        folder._write_plans(plans)
-        write_bytes(path / RUN_ID, run_id.encode())
+        folder._write_plans(plans, run_id)
         # Last: a folder with a configuration is one that can be resumed.
         write_json(path / "config.json", _kept(config))
         return folder
@@ -82,28 +81,29 @@ class RunFolder:
             )
         for name in (*STATEMENTS, "history.json"):
             (self.path / name).unlink(missing_ok=True)
-        self._write_plans(plans)
+        self._write_plans(plans, self.run_id)
         write_json(self.path / "config.json", _kept(config))
 
     def discard(self) -> None:
         """Take back `create`: nothing else that is in the folder is touched."""
-        for name in ("config.json", "plans.json", "mlflow_run_id", RUN_ID, RECEIPTS):
+        for name in ("config.json", "plans.json", "mlflow_run_id", RECEIPTS):
             (self.path / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.path.rmdir()
 
-    def _write_plans(self, plans: dict[str, PrivacyPlan]) -> None:
-        write_json(self.path / "plans.json", {site: to_dict(plan) for site, plan in plans.items()})
+    def _write_plans(self, plans: dict[str, PrivacyPlan], run_id: str) -> None:
+        sites = {site: to_dict(plan) for site, plan in plans.items()}
+        write_json(self.path / "plans.json", {"run_id": run_id, "sites": sites})
 
     def plans(self) -> dict[str, PrivacyPlan]:
         """The plans under which the run started."""
-        values = json.loads((self.path / "plans.json").read_text())
+        values = json.loads((self.path / "plans.json").read_text())["sites"]
         return {site: from_dict(PrivacyPlan, plan, where=f"plans.{site}") for site, plan in values.items()}
 
     @property
     def run_id(self) -> str:
         """The run's name at the sites: unlike the folder's name, no two runs anywhere share it."""
-        return (self.path / RUN_ID).read_text()
+        return str(json.loads((self.path / "plans.json").read_text())["run_id"])
 
     def journal(self, **entry: Any) -> None:
         """Append one line and make it last before anything depends on it."""

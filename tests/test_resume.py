@@ -537,4 +537,4 @@ def test_what_a_killed_write_leaves_behind_hinders_nothing(tmp_path: Path) -> No
 def test_a_second_run_does_not_take_a_folder_over(unbroken: Path) -> None:
     config = compose([*OFF, f"run_dir={unbroken}"])
     with pytest.raises(ConfigError, match="holds a run already"):
-        RunFolder.create(config, {})
+        RunFolder.create(config, {}, run_id="r")

@@ -11,6 +11,7 @@ counts as spent. A request that was answered before gets the stored bytes.
 import contextlib
 import hashlib
 import json
+import os
 import secrets
 import shutil
 import sqlite3
@@ -103,6 +104,7 @@ class Ledger:
         self.path = path
         self._signer = signer
         self._clock = clock
+        self._process = os.getpid()
         self.account = Account()
         self._last = START
         self._last_time = 0.0
@@ -304,6 +306,7 @@ class Ledger:
 
     def refresh(self) -> None:
         """Read what other processes have written."""
+        self._check_process()
         with self._errors():
             self._catch_up()
 
@@ -344,6 +347,7 @@ class Ledger:
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
         """One step that happens whole or not at all, alone among all processes, and lasts once it is over."""
+        self._check_process()
         with self._errors():
             self._connection.execute("BEGIN IMMEDIATE")
         before = self._last.number
@@ -362,6 +366,11 @@ class Ledger:
                 with contextlib.suppress(LedgerError):
                     self.refresh()
             raise
+
+    def _check_process(self) -> None:
+        # SQLite's locks belong to a process; a forked one would write without them.
+        if os.getpid() != self._process:
+            raise LedgerError(f"{self.path}: was opened before this process was forked; open it again")
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

@@ -185,6 +185,8 @@ RANGES: list[tuple[type, str, list[Any], list[Any]]] = [
     (FederationConfig, "workers", [0, 1], [-1]),
     (FederationConfig, "quorum", [0.01, 1.0], [0.0, 1.01]),
     (FederationConfig, "timeout", [0.1], [0.0, -1.0]),
+    (FederationConfig, "approval_timeout", [0.0, 1.0], [-1.0]),
+    (FederationConfig, "sites", [None, "sites"], [""]),
     (TrackingConfig, "kind", ["none"], ["wandb"]),
     (TrackingConfig, "uri", ["http://a"], [""]),
     (TrackingConfig, "experiment", ["a"], [""]),

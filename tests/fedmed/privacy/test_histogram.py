@@ -14,6 +14,7 @@ from fedmed.compose import compose
 from fedmed.config import RunConfig
 from fedmed.errors import ConfigError, PrivacyError
 from fedmed.privacy.accounting import epsilon_of
+from fedmed.privacy.gaussian import BYTES_PER_VALUE
 from fedmed.privacy.histogram import (
     GRID,
     LARGEST_AUC_ERROR,
@@ -132,7 +133,7 @@ def test_the_noise_comes_from_the_source_once_for_every_cell() -> None:
         return os.urandom(number)
 
     make().release(np.zeros((2, 10), np.int64), RandomSource(reading, private=True))
-    assert sum(read) == 8 * 20
+    assert sum(read) == BYTES_PER_VALUE * 20
     drawn = [make().release(np.zeros((2, 10), np.int64), operating_system()) for _ in range(2)]
     assert not np.array_equal(*drawn)
 
@@ -215,7 +216,7 @@ def test_a_release_that_is_not_worth_its_epsilon_is_refused() -> None:
         PrivacyError, match=r"expected error of the AUC 0\.05\d at .*above 0\.05 it is refused"
     ) as caught:
         metrics_plans(config.task, config.privacy)
-    assert "privacy.metrics_epsilon=1.5 would give 0.040" in str(caught.value)
+    assert "privacy.metrics_epsilon=1.5 would give 0.04" in str(caught.value)
     better = heart("privacy.metrics_epsilon=1.5")
     assert metrics_plans(better.task, better.privacy)
     rare = heart("privacy.metrics_prevalence=0.02")

@@ -342,6 +342,8 @@ def test_eight_processes_never_overspend_the_last_of_a_budget(path: Path) -> Non
     assert budget is not None
     most = budget.rounds_that_fit({}, event())
     held(ledger, run="earlier", rounds=most - count(9, 41))
+    # No connection may be open when a process is forked.
+    ledger.close()
     context = multiprocessing.get_context("fork")
     took = context.Queue()
     racers = [context.Process(target=_race, args=(str(path), index, took)) for index in range(8)]
