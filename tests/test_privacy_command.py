@@ -13,7 +13,8 @@ SHORT = ("privacy", "audit", "--rounds=2", "--canaries=300", "--guesses=60")
 BROKEN = (
     "import fedmed.privacy.audit as a; from dataclasses import replace\n"
     "good = a.train\n"
-    "def bad(*args, plan, **rest): return good(*args, plan=replace(plan, noise_multiplier=plan.noise_multiplier / 6), **rest)\n"
+    "def bad(*args, plan, **rest):\n"
+    "    return good(*args, plan=replace(plan, noise_multiplier=plan.noise_multiplier / 6), **rest)\n"
     "a.audit.__kwdefaults__['train'] = bad"
 )
 INTERRUPTED = (
