@@ -23,9 +23,10 @@ from clients.policy import ANY
 from clients.refusal import Refusal, Rule
 from fedmed.errors import FedmedError, ModelError
 from fedmed.privacy.account import BudgetError
+from fedmed.privacy.chain import LedgerError, canonical
 from fedmed.privacy.events import to_json
 from fedmed.privacy.histogram import metrics_plans
-from fedmed.privacy.ledger import Ledger, LedgerError, Stored, canonical
+from fedmed.privacy.ledger import Ledger, Stored
 from fedmed.privacy.plan import PrivacyPlan
 from fedmed.privacy.release import Approved, Code, Ended, Gate, Privatised, Repeated
 from fedmed.records import Arrays, Instruction, Quote, Receipt, digest

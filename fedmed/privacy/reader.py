@@ -4,7 +4,7 @@ import sqlite3
 from pathlib import Path
 
 from fedmed.privacy.account import Account
-from fedmed.privacy.ledger import BUSY_SECONDS, START, LedgerError, chained, check_version
+from fedmed.privacy.chain import BUSY_SECONDS, START, LedgerError, chained, check_version
 
 
 def read_account(path: Path) -> tuple[Account, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fedmed.errors import FedmedError
 from fedmed.privacy.account import Account
-from fedmed.privacy.ledger import START, Entry, canonical, hash_of
+from fedmed.privacy.chain import START, Entry, canonical, hash_of
 
 
 @dataclass(frozen=True)

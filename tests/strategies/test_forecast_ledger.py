@@ -16,9 +16,10 @@ from fedmed.compose import compose
 from fedmed.config import RunConfig
 from fedmed.errors import ConfigError, FedmedError
 from fedmed.privacy.account import BudgetError
+from fedmed.privacy.chain import LedgerError
 from fedmed.privacy.events import to_json
 from fedmed.privacy.histogram import metrics_plans
-from fedmed.privacy.ledger import Ledger, LedgerError, new_ledger
+from fedmed.privacy.ledger import Ledger, new_ledger
 from fedmed.privacy.plan import make_plan
 from fedmed.privacy.reader import read_account
 from strategies.budgets import compare, read_budgets

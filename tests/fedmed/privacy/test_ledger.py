@@ -19,8 +19,9 @@ from dp_accounting.rdp import RdpAccountant
 from fedmed.errors import PrivacyError
 from fedmed.privacy.account import BudgetError
 from fedmed.privacy.budget import Budget, best_order, divergence, pld_epsilon, renyi_budget
+from fedmed.privacy.chain import VERSION, LedgerError, canonical, hash_of
 from fedmed.privacy.events import from_json, to_json
-from fedmed.privacy.ledger import VERSION, Ledger, LedgerError, Stored, canonical, hash_of, new_ledger
+from fedmed.privacy.ledger import Ledger, Stored, new_ledger
 from fedmed.privacy.verify import verify
 from tests.conftest import count
 from tests.evidence import figure

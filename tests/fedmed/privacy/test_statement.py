@@ -15,8 +15,9 @@ from dp_accounting.rdp import RdpAccountant
 
 from fedmed.privacy.account import Attempt
 from fedmed.privacy.accounting import composed_epsilon
+from fedmed.privacy.chain import Entry
 from fedmed.privacy.events import from_json
-from fedmed.privacy.ledger import Entry, Ledger, new_ledger
+from fedmed.privacy.ledger import Ledger, new_ledger
 from fedmed.privacy.statement import statement
 from tests.fedmed.privacy.test_ledger import Key, event
 
