@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXTRAS := demo,coordinator,ray,dev
+TEST_PROCESSES ?= 2
 
 export HF_HUB_OFFLINE := 1
 export FLWR_TELEMETRY_ENABLED := 0
@@ -35,10 +36,10 @@ types: install  ## Type check
 	$(BIN)/mypy
 
 test: lint types  ## Lint, types and tests, at most 10 minutes
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 test-full: install  ## The same tests at the full counts
-	FEDMED_TEST_FULL=1 $(BIN)/python -m pytest
+	FEDMED_TEST_FULL=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 test-system: install  ## What needs a browser or root: the report in Chromium, a site on a full disk
 	./tests/system/run

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 # Before torch is imported anywhere: one thread, as every worker process has.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -16,10 +17,28 @@ from tests import evidence
 from tests.evidence import count as count
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist sends its evidence to the process that started it."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["evidence"] = evidence.collected()
+
+
+class _Workers:
+    """What only pytest-xdist calls."""
+
+    def pytest_testnodedown(self, node: Any) -> None:
+        evidence.merge(getattr(node, "workeroutput", {}).get("evidence", {"counts": {}, "figures": {}}))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.pluginmanager.hasplugin("xdist"):
+        config.pluginmanager.register(_Workers())
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Write the summary of a full run; of a few tests of it, none."""
-    chosen = terminalreporter.config.invocation_params.args
-    if evidence.FULL and not chosen:
+    options = terminalreporter.config.option
+    if evidence.FULL and not options.file_or_dir and not options.keyword:
         stats = terminalreporter.stats
         outcomes = {
             name: len(stats.get(name, []))

@@ -31,6 +31,21 @@ def figure(name: str, value: str) -> None:
     _figures[f"{_test()}: {name}"] = value
 
 
+def collected() -> dict[str, dict[str, list[str]]]:
+    """What this process has counted and measured, to be sent to another."""
+    return {
+        "counts": {test: sorted(chosen) for test, chosen in _counts.items()},
+        "figures": {name: [value] for name, value in _figures.items()},
+    }
+
+
+def merge(other: dict[str, dict[str, list[str]]]) -> None:
+    """Add what another process has `collected`."""
+    for test, chosen in other["counts"].items():
+        _counts.setdefault(test, set()).update(chosen)
+    _figures.update({name: value for name, (value,) in other["figures"].items()})
+
+
 def write(outcomes: dict[str, int]) -> Path:
     """The summary of a full run as docs/evidence/<date>-<commit>.md.
 

@@ -23,9 +23,9 @@ import clients.guard
 import clients.site
 import fedmed.data.table
 import fedmed.flower
+import fedmed.privacy.chain
 import fedmed.privacy.dpsgd
 import fedmed.privacy.histogram
-import fedmed.privacy.ledger
 import fedmed.privacy.plan
 import fedmed.privacy.release
 import fedmed.training
@@ -423,7 +423,7 @@ def wrong_model(stage: Stage) -> None:
 
 
 def locked(stage: Stage) -> None:
-    stage.patch.setattr(fedmed.privacy.ledger, "BUSY_SECONDS", 0.01)
+    stage.patch.setattr(fedmed.privacy.chain, "BUSY_SECONDS", 0.01)
     holding = sqlite3.connect(stage.site / LEDGER)
     holding.execute("BEGIN EXCLUSIVE")
     KEPT.append(holding)
