@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -133,7 +134,21 @@ class Guard:
             return Gate(None).release(answer)
         return self.gate.release(answer)
 
+    @contextlib.contextmanager
+    def _on_time(self) -> Iterator[None]:
+        """Let whatever comes of a request, a failure too, leave at a multiple of the policy's grid (rule 19)."""
+        began, grid = time.monotonic(), self.folder.policy.reply_grid_seconds
+        try:
+            yield
+        finally:
+            if grid:
+                time.sleep(-(time.monotonic() - began) % grid)
+
     def train(self, instruction: Instruction, site: str, arrays: Arrays, content: RecordDict) -> RecordDict:
+        with self._on_time():
+            return self._train(instruction, site, arrays, content)
+
+    def _train(self, instruction: Instruction, site: str, arrays: Arrays, content: RecordDict) -> RecordDict:
         self._check(instruction, site)
         with self._logged():
             approval = self._approved(instruction, site)
@@ -154,6 +169,12 @@ class Guard:
         return self._charged(instruction, site, "train", content, work)
 
     def evaluate(
+        self, instruction: Instruction, site: str, arrays: Arrays, content: RecordDict
+    ) -> RecordDict:
+        with self._on_time():
+            return self._evaluate(instruction, site, arrays, content)
+
+    def _evaluate(
         self, instruction: Instruction, site: str, arrays: Arrays, content: RecordDict
     ) -> RecordDict:
         self._check(instruction, site)

@@ -93,8 +93,9 @@ class Policy(_Section):
     )
     patient_column: str | None = option(
         None,
-        "The column of that table that names the patient. A run that takes another one, or counts each record as a "
-        "patient, would protect nobody who has several. null: only a task that is listed by its digest names it.",
+        "The column of that table that names the patient. A run that takes another one, or takes none, "
+        "would protect nobody who has several records, and is refused. null: only a task that is listed by its digest "
+        "names it.",
         "a column, or null",
     )
     tasks: tuple[_Title, ...] = option(
@@ -176,6 +177,14 @@ class Policy(_Section):
     metrics: MetricsPolicy = option(
         MetricsPolicy(), "What may be told about the model's quality.", "the keys held_out and training"
     )
+    reply_grid_seconds: float = option(
+        0.1,
+        "Replies leave at multiples of this after a request came, so that their time tells little of the data. 0: at "
+        "once.",
+        "a number >= 0, at most 60",
+        ge=0,
+        le=60,
+    )
     needs_approval: bool = option(
         True, "Whether a person here must approve each run before it starts.", "true or false"
     )
@@ -255,7 +264,9 @@ class Policy(_Section):
         yield Rule.DATA, fixed or self.data is not None, "a table of the run's choice", own
         same = self.patient_column is not None and task.patient_column == self.patient_column
         named = "the column that the run names" if task.patient_column else "each record as a patient"
-        yield Rule.PATIENT_COLUMN, fixed or same, named, own
+        # Budgets are for patients: a run that protects single records is charged to none of them.
+        kept = task.patient_column is not None and (fixed or same)
+        yield Rule.PATIENT_COLUMN, kept, named, own
         yield Rule.MODEL, self._lists(model), _in_words(model), listed
         yield Rule.ADAPTER, adapter in self.adapters, adapter, " or ".join(self.adapters) or "none"
         plan = _own_plan(instruction, site)

@@ -31,7 +31,7 @@ LARGE = "task.declared_sizes={a: 600, b: 600}"
 PRIVATE_METRICS = ("privacy.metrics=private", "privacy.metrics_epsilon=8", LARGE)
 # All of it together costs some 9.
 GENEROUS: dict[str, Any] = {
-    "data": "*", "patient_column": "id", "tasks": (TITLE,), "needs_approval": False,
+    "data": "*", "patient_column": "id", "tasks": (TITLE,), "needs_approval": False, "reply_grid_seconds": 0.0,
     "epsilon_per_run": 15.0, "epsilon_total": 90.0,
 }  # fmt: skip
 

@@ -581,3 +581,15 @@ def test_with_site_folders_the_command_itself_opens_no_data(tmp_path: Path, open
         run(settings(tmp_path / "nowhere.csv", f"federation.sites={sites}", f"run_dir={tmp_path / 'run'}"))
     assert opened == []
     assert not (tmp_path / "fedmed-home").exists()
+
+
+def test_replies_leave_on_a_grid_whether_they_are_answers_or_failures(tmp_path: Path, data: Path) -> None:
+    """privacy.md, rule 19: how long a site worked tells little."""
+    site = make_site(tmp_path / "a", "a", held_out="none", budget=30, reply_grid_seconds=0.4).path
+    asked = instruction(settings(data))
+    quoted(site, asked)
+    for request in (asked, dataclasses.replace(asked, round=9)):
+        began = time.monotonic()
+        trained(site, request)
+        late = (time.monotonic() - began) % 0.4
+        assert min(late, 0.4 - late) < 0.1
