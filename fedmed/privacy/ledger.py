@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedmed.errors import require
 from fedmed.privacy.account import Account, Attempt, BudgetError, Hold
 from fedmed.privacy.budget import Budget
 from fedmed.privacy.chain import (
@@ -158,6 +159,7 @@ class Ledger:
         Raises:
             BudgetError: it does not fit beside what was spent and promised; or the run's event is another one.
         """
+        require(rounds >= 1, "rounds", rounds, ">= 1")
         with self._transaction():
             held = self.account.holds.get((run, purpose))
             more = rounds - (held.rounds if held else 0)
