@@ -162,10 +162,7 @@ class Guard:
             return self.gate.release(
                 Approved(site=site, run=instruction.run_id, value=value, approval=approval)
             )
-        if instruction.round < 1 or _event(local_site.own_plan(instruction, site)) != self._promised(
-            instruction
-        ):
-            raise BudgetError(f"run '{instruction.run_id}': the round is not of the plan that was promised")
+        self._check_promised(instruction, "train", _event(local_site.own_plan(instruction, site)))
         return self._charged(instruction, site, "train", content, work)
 
     def evaluate(
@@ -181,6 +178,8 @@ class Guard:
         with self._logged():
             approval = self._approved(instruction, site)
         if instruction.privacy.metrics == "private":
+            histogram = metrics_plans(instruction.task, instruction.privacy)[site]
+            self._check_promised(instruction, "metrics", to_json(histogram.event()))
             return self._charged(
                 instruction,
                 site,
@@ -322,10 +321,16 @@ class Guard:
                 Rule.BUDGET, asked=f"{plan.rounds} rounds and metrics", allowed="no metrics"
             ) from None
 
-    def _promised(self, instruction: Instruction) -> str | None:
+    def _check_promised(self, instruction: Instruction, purpose: str, event: str) -> None:
+        """Return if what is about to run is what the run's promise was charged for.
+
+        Raises:
+            BudgetError: it is another mechanism, or nothing was promised.
+        """
         self.ledger.refresh()
-        held = self.ledger.account.holds.get((instruction.run_id, "train"))
-        return held.event if held else None
+        held = self.ledger.account.holds.get((instruction.run_id, purpose))
+        if instruction.round < 1 or held is None or held.event != event:
+            raise BudgetError(f"run '{instruction.run_id}': not the {purpose} that was promised")
 
     @contextlib.contextmanager
     def _logged(self) -> Iterator[None]:

@@ -16,14 +16,16 @@ from typing import Any
 import numpy as np
 import pytest
 from dp_accounting.pld import PLDAccountant
-from flwr.app import MessageType
+from flwr.app import MessageType, RecordDict
 
 import clients.site
 import fedmed.data.table
 import strategies.run
 import strategies.sites
 from clients.folder import LEDGER
+from clients.guard import open_guard
 from fedmed.errors import ConfigError, Interrupted
+from fedmed.privacy.account import BudgetError
 from fedmed.privacy.events import from_json
 from strategies.folder import Progress, RunFolder
 from tests.clients.sites import (
@@ -593,3 +595,14 @@ def test_replies_leave_on_a_grid_whether_they_are_answers_or_failures(tmp_path: 
         trained(site, request)
         late = (time.monotonic() - began) % 0.4
         assert min(late, 0.4 - late) < 0.1
+
+
+def test_metrics_with_less_noise_than_was_promised_are_not_drawn(tmp_path: Path, data: Path) -> None:
+    """What is charged is what was held: a coordinator cannot lower the noise after the quote."""
+    site = make_site(tmp_path / "a", "a", held_out="private", budget=60).path
+    quoted(site, instruction(settings(data, *PRIVATE_METRICS)))
+    less = instruction(settings(data, *PRIVATE_METRICS, "privacy.metrics_epsilon=10"))
+    before = states(site)
+    with pytest.raises(BudgetError, match="not the metrics that was promised"):
+        open_guard(str(site)).evaluate(less, "a", {}, RecordDict())
+    assert states(site) == before
