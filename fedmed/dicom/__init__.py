@@ -1,0 +1,1 @@
+"""DICOM files in, arrays ready to train on out: reading pixels, geometry, de-identification, ingestion."""
