@@ -1,1 +1,1 @@
-"""From DICOM files to images that are ready to train on. Nothing here imports torch."""
+"""DICOM files in, arrays ready to train on out: reading pixels, geometry, de-identification, ingestion."""
