@@ -21,8 +21,9 @@ _EXTENDED_OFFSETS, _EXTENDED_LENGTHS = 0x7FE00001, 0x7FE00002
 def stored_frames(dataset: Dataset, elements: Elements, layout: PixelLayout) -> Iterator[NDArray]:
     """Yield each frame's stored values: (rows, columns), or (rows, columns, 3) as RGB.
 
-    Exactly `layout.frames` arrays, in file order, of the file's sign and at least its stored bits, bits beyond those
-    (overlays, PS3.5 8.1.2) removed; possibly read-only views. Only one decoded frame is held. Raises `Quarantined`.
+    Exactly `layout.frames` arrays in file order; only one decoded frame is held; possibly read-only views. Grey values
+    may still hold what lies beyond the stored bits, e.g. overlays: `stored_bits` of any part of them does not. Raises
+    `Quarantined`.
     """
     data = elements.buffer(layout.tag)
     return (
@@ -50,7 +51,7 @@ def _native(data: bytes, elements: Elements, layout: PixelLayout) -> Iterator[ND
     count = layout.frame_bits // layout.bits_allocated
     for frame in range(layout.frames):
         values = np.frombuffer(data, dtype, count, frame * layout.frame_bits // 8)
-        yield _coloured(_stored_bits(values, layout), layout)
+        yield _coloured(values, layout)
 
 
 def _dtype(layout: PixelLayout) -> np.dtype:
@@ -70,9 +71,12 @@ def _packed_bits(data: bytes, layout: PixelLayout) -> Iterator[NDArray]:
         yield bits[offset : offset + pixels].reshape(layout.rows, layout.columns)
 
 
-def _stored_bits(values: NDArray, layout: PixelLayout) -> NDArray:
-    """PS3.5 8.1.1: only `bits_stored` bits below and including `high_bit` belong to the pixel."""
-    if layout.bits_stored == layout.bits_allocated or layout.tag != PIXEL_DATA:
+def stored_bits(values: NDArray, layout: PixelLayout) -> NDArray:
+    """The part of each stored value that belongs to the pixel: `bits_stored` bits from `high_bit` down (PS3.5 8.1.1).
+
+    `values`: any part of a frame of `stored_frames`; returned as they are where nothing else is in them.
+    """
+    if layout.bits_stored == layout.bits_allocated or layout.tag != PIXEL_DATA or not layout.native:
         return values
     # Arithmetic shifts on the signed type extend the sign; they bring the value down at the same time.
     return (values << (layout.bits_allocated - 1 - layout.high_bit)) >> (
@@ -83,6 +87,7 @@ def _stored_bits(values: NDArray, layout: PixelLayout) -> NDArray:
 def _coloured(values: NDArray, layout: PixelLayout) -> NDArray:
     if layout.samples == 1:
         return values.reshape(layout.rows, layout.columns)
+    values = stored_bits(values, layout)
     if layout.photometric == "YBR_FULL_422":
         # Y1 Y2 Cb Cr for two neighbours of a row (PS3.3 C.7.6.3.1.2).
         pairs = values.reshape(-1, 4)

@@ -71,10 +71,20 @@ def _entries(words: bytes | NDArray[np.uint16], count: int, bits: int) -> NDArra
     return entries
 
 
-def read_palette(
-    dataset: Dataset, elements: Elements, layout: PixelLayout
-) -> tuple[LookupTable, NDArray[np.uint16]]:
-    """The palette of a PALETTE COLOR image: where it starts, and (entries, 3) colours from 0 to 65535."""
+def read_palette(dataset: Dataset, elements: Elements, layout: PixelLayout) -> list[NDArray[np.float32]]:
+    """The palette of a PALETTE COLOR image: for each channel, the colour, 0 to 65535, of each possible stored value.
+
+    Three arrays of 2 ** `bits_allocated`; negative stored values are at the end, as in two's complement.
+    """
+    first, colours = _palette(dataset, elements, layout)
+    possible = np.arange(1 << layout.bits_allocated)
+    if layout.signed:
+        possible = np.where(possible >> (layout.bits_allocated - 1), possible - len(possible), possible)
+    index = np.clip(possible - first, 0, len(colours) - 1)
+    return [np.ascontiguousarray(colours[index, channel], np.float32) for channel in range(3)]
+
+
+def _palette(dataset: Dataset, elements: Elements, layout: PixelLayout) -> tuple[int, NDArray[np.uint16]]:
     if 0x00281201 in elements:
         channels = [
             _table(elements, layout, signed=layout.signed, descriptor=0x00281101 + c, data=0x00281201 + c)
@@ -83,15 +93,13 @@ def read_palette(
         if len({(c.first, c.bits, len(c.entries)) for c in channels}) != 1:
             raise Quarantined(Reason.LOOKUP_TABLE)
         colours = np.stack([scaled(channel) for channel in channels], axis=1)
-        return channels[0], colours
+        return channels[0].first, colours
     if 0x00281221 in elements:
         return _segmented(dataset, elements, layout)
     raise Quarantined(Reason.LOOKUP_TABLE)
 
 
-def _segmented(
-    dataset: Dataset, elements: Elements, layout: PixelLayout
-) -> tuple[LookupTable, NDArray[np.uint16]]:
+def _segmented(dataset: Dataset, elements: Elements, layout: PixelLayout) -> tuple[int, NDArray[np.uint16]]:
     """PS3.3 C.7.9.2, expanded by pydicom."""
     described = elements.numbers(0x00281101)
     if len(described) != 3 or described[2] not in (8, 16):
@@ -107,7 +115,7 @@ def _segmented(
         raise Quarantined(Reason.LOOKUP_TABLE) from None
     if colours.dtype != np.uint16:
         colours = colours.astype(np.uint16) * 257
-    return LookupTable(first=first, bits=bits, entries=b""), colours
+    return first, colours
 
 
 def scaled(table: LookupTable) -> NDArray[np.uint16]:

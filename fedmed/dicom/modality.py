@@ -25,19 +25,18 @@ class Rescale:
     intercept: float = 0.0
     table: LookupTable | None = None
 
-    def table_values(self, stored: NDArray) -> NDArray[np.float32]:
-        """The values after a table, which must be applied before resampling; a new float32 array."""
+    def before_mean(self, stored: NDArray) -> NDArray[np.float32]:
+        """`stored` values as a new float32 array, through the table: what must come before averaging."""
         if self.table is None:
             return stored.astype(np.float32)
         return self.table.apply(stored, self.table.values.astype(np.float32))
 
-    def linear(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Slope and intercept, which commute with averages; in place where that is allowed."""
-        if self.slope == 1.0 and self.intercept == 0.0:
-            return values
-        scaled = values * np.float32(self.slope)
-        scaled += np.float32(self.intercept)
-        return scaled
+    def after_mean(self, values: NDArray[np.float32]) -> None:
+        """Slope and intercept, in place: these commute with averaging."""
+        if self.slope != 1.0:
+            values *= np.float32(self.slope)
+        if self.intercept != 0.0:
+            values += np.float32(self.intercept)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,6 @@
 """One file's pixels as frames ready to show or to train on: the grey-scale and colour pipelines of PS3.4 N.2."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,9 +12,10 @@ from fedmed.dicom.decode import stored_frames
 from fedmed.dicom.elements import Elements
 from fedmed.dicom.layout import PixelLayout, read_layout
 from fedmed.dicom.lookup import read_palette
-from fedmed.dicom.modality import Rescale, frame_rescales, frame_windows, read_padding
+from fedmed.dicom.modality import frame_rescales, frame_windows, read_padding
+from fedmed.dicom.planes import colour_frame, grey_frame
 from fedmed.dicom.reasons import Quarantined, Reason
-from fedmed.dicom.resample import resample, resample_colour, target_shape
+from fedmed.dicom.resample import target_shape
 from fedmed.dicom.spacing import PixelSpacing, read_spacing
 from fedmed.dicom.window import Window, to_display
 
@@ -75,8 +75,7 @@ def read_frames(
     windows: list[Window | None] = [window] * layout.frames if window else frame_windows(elements, layout)
     no_window = any(one is None for one in windows)
     _check_result(layout, shape, bytes_per_value=6 if no_window else 4 if modality_values else 2)
-    frames = _modality_frames(dataset, elements, layout, shape)
-    return _grey(frames, layout, spacing, shape, windows, modality_values=modality_values)
+    return _grey(dataset, elements, layout, spacing, shape, windows, modality_values=modality_values)
 
 
 def _check_result(layout: PixelLayout, shape: tuple[int, int], *, bytes_per_value: int) -> None:
@@ -85,7 +84,8 @@ def _check_result(layout: PixelLayout, shape: tuple[int, int], *, bytes_per_valu
 
 
 def _grey(
-    frames: Iterator[NDArray[np.float32]],
+    dataset: Dataset,
+    elements: Elements,
     layout: PixelLayout,
     spacing: PixelSpacing,
     shape: tuple[int, int],
@@ -93,24 +93,23 @@ def _grey(
     *,
     modality_values: bool,
 ) -> Frames:
-    inverted = layout.photometric == "MONOCHROME1"
     keep = modality_values or None in windows
     values = np.empty((layout.frames, *shape), np.float32 if keep else np.uint16)
-    for index, frame in enumerate(frames):
-        one = windows[index]
-        values[index] = frame if keep or one is None else to_display(frame, one, inverted=inverted)
-    if None in windows:
-        whole = _range(values)
-        windows = [one or whole for one in windows]
-    if modality_values:
-        return _frames(values, layout, spacing, kind="modality", window=windows[0])
-    if keep:
-        grey = np.empty(values.shape, np.uint16)
-        for index, one in enumerate(windows):
-            assert one is not None
-            grey[index] = to_display(values[index], one, inverted=inverted)
-        values = grey
-    return _frames(values, layout, spacing, kind="display", window=windows[0])
+    rescales, padding = frame_rescales(elements, layout), read_padding(elements, layout)
+    frames = stored_frames(dataset, elements, layout)
+    for stored, rescale, one, out in zip(frames, rescales, windows, values, strict=True):
+        grey_frame(stored, layout, rescale, padding, window=None if keep else one, out=out)
+    whole = _range(values) if None in windows else None
+    used = [one or whole for one in windows]
+    if modality_values or not keep:
+        return _frames(
+            values, layout, spacing, kind="modality" if modality_values else "display", window=used[0]
+        )
+    grey = np.empty(values.shape, np.uint16)
+    for one, frame, out in zip(used, values, grey, strict=True):
+        assert one is not None
+        to_display(frame, one, inverted=layout.photometric == "MONOCHROME1", out=out)
+    return _frames(grey, layout, spacing, kind="display", window=used[0])
 
 
 def _range(values: NDArray[np.float32]) -> Window:
@@ -123,34 +122,14 @@ def _range(values: NDArray[np.float32]) -> Window:
     )
 
 
-def _modality_frames(
-    dataset: Dataset, elements: Elements, layout: PixelLayout, shape: tuple[int, int]
-) -> Iterator[NDArray[np.float32]]:
-    rescales: list[Rescale] = frame_rescales(elements, layout)
-    padding = read_padding(elements, layout)
-    for stored, rescale in zip(stored_frames(dataset, elements, layout), rescales, strict=True):
-        values = rescale.table_values(stored)
-        mask = padding.mask(stored)
-        if mask is not None:
-            values[mask] = np.nan
-        yield rescale.linear(resample(values, shape))
-
-
 def _colour_frames(
     dataset: Dataset, elements: Elements, layout: PixelLayout, shape: tuple[int, int]
 ) -> NDArray[np.uint16]:
-    result = np.empty((layout.frames, *shape, 3), np.uint16)
+    values = np.empty((layout.frames, *shape, 3), np.uint16)
     palette = read_palette(dataset, elements, layout) if layout.samples == 1 else None
-    for index, stored in enumerate(stored_frames(dataset, elements, layout)):
-        if palette is not None:
-            result[index] = resample_colour(palette[0].apply(stored, palette[1]), shape)
-        elif layout.bits_stored == 8 and stored.dtype == np.uint8:
-            np.multiply(resample_colour(stored, shape), 257, out=result[index], dtype=np.uint16)
-        else:
-            white = (1 << layout.bits_stored) - 1
-            wide = np.rint(stored.clip(0, white) * (65535 / white)).astype(np.uint16)
-            result[index] = resample_colour(wide, shape)
-    return result
+    for stored, out in zip(stored_frames(dataset, elements, layout), values, strict=True):
+        colour_frame(stored, layout, palette, out=out)
+    return values
 
 
 def _frames(
