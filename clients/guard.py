@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from flwr.app import RecordDict
 
 from clients import site as local_site
-from clients.asked import model_name, not_private, run_epsilon
+from clients.asked import not_private, run_epsilon
 from clients.folder import LEDGER, SiteFolder
 from clients.policy import ANY
 from clients.refusal import Refusal, Rule
@@ -389,7 +389,7 @@ def _what(instruction: Instruction, site: str) -> dict[str, Any]:
     reason = not_private(instruction)
     return {
         "task": instruction.task.title,
-        "model": model_name(instruction.model),
+        "model": instruction.model.name,
         "adapter": instruction.adapter.kind,
         "rounds": plan.rounds,
         "epsilon": None if reason else run_epsilon(instruction, site, plan),

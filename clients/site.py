@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmed.config import parse
-from fedmed.data.table import read_site, version_of
+from fedmed.data.readers import read_site, version_of
 from fedmed.errors import ConfigError
 from fedmed.metrics import ScoreCounts
 from fedmed.models.build import build
@@ -30,7 +30,7 @@ def quote(instruction: Instruction, site: str) -> Quote:
         FedmedError: the model is not the pinned one, or the plan is not the one that was declared.
     """
     plan = own_plan(instruction, site)
-    if instruction.model.kind == "text":
+    if instruction.model.pretrained:
         _check_model(json.dumps(to_dict(instruction.model)))
     private = not (instruction.privacy.seeded or instruction.task.declare == "from_data")
     # Refuses what is not worth its epsilon.
@@ -86,8 +86,8 @@ def load(instruction: Instruction) -> None:
 
 
 def pseudonyms(instruction: Instruction, site: str, split_key: bytes) -> tuple[bytes, ...]:
-    """The keyed hashes of all patients of the site's table; none where it has no patient column. They never leave."""
-    return _pseudonyms(*_key(instruction), site, split_key)
+    """The keyed hashes of all patients of the site's data; none where it names no patients. They never leave."""
+    return _pseudonyms(*_key(instruction, site), site, split_key)
 
 
 @lru_cache(maxsize=16)
@@ -108,7 +108,7 @@ def work(
     plan = own_plan(instruction, site)
     if instruction.round < 1:
         raise ConfigError(f"round={instruction.round}: expected >= 1; round 0 trains nothing")
-    training, _ = _parts(*_key(instruction), site, instruction.seed, split_key)
+    training, _ = _parts(*_key(instruction, site), site, instruction.seed, split_key)
     return train(
         _model(instruction),
         training,
@@ -132,7 +132,7 @@ def score(
     own_plan(instruction, site)
     if instruction.privacy.metrics != "exact":
         raise ConfigError(f"privacy.metrics={instruction.privacy.metrics}: expected exact for exact counts")
-    _, test = _parts(*_key(instruction), site, instruction.seed, split_key)
+    _, test = _parts(*_key(instruction, site), site, instruction.seed, split_key)
     return ScoreCounts.of(logits(_model(instruction), test, arrays), test.labels.numpy())
 
 
@@ -154,7 +154,7 @@ def private_score(
     asked = plan, _digest(instruction, arrays)
     key = instruction.run_id, site
     if key not in _drawn:
-        _, test = _parts(*_key(instruction), site, instruction.seed, split_key)
+        _, test = _parts(*_key(instruction, site), site, instruction.seed, split_key)
         found = patient_logits(_model(instruction), test, arrays).astype(np.float64)
         probabilities = 1 / (1 + np.exp(-np.clip(found, -700, 700)))
         counts = plan.count(probabilities, test.labels.numpy(), test.records_of)
@@ -171,7 +171,7 @@ _drawn: dict[tuple[str, str], tuple[tuple[HistogramPlan, str], NDArray[np.float6
 
 def _digest(instruction: Instruction, arrays: Arrays) -> str:
     """What a histogram depends on besides the records."""
-    digest = hashlib.sha256(f"{_key(instruction)[0]} {instruction.seed}".encode())
+    digest = hashlib.sha256(f"{_configuration(instruction)} {instruction.seed}".encode())
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].shape} {arrays[name].dtype}".encode() + arrays[name].tobytes())
     return digest.hexdigest()
@@ -191,11 +191,15 @@ def _model(instruction: Instruction) -> Classifier:
     return model
 
 
-def _key(instruction: Instruction) -> tuple[str, tuple[int, ...]]:
-    """What prepared records depend on: the configuration, and the file as it is now. A patient who was taken
+def _key(instruction: Instruction, site: str) -> tuple[str, tuple[int, ...]]:
+    """What prepared records depend on: the configuration, and the data as it is now. A patient who was taken
     out of it takes part no more."""
+    return _configuration(instruction), version_of(instruction.task, site)
+
+
+def _configuration(instruction: Instruction) -> str:
     parts = {name: to_dict(getattr(instruction, name)) for name in ("task", "model", "adapter")}
-    return json.dumps(parts), version_of(instruction.task.path)
+    return json.dumps(parts)
 
 
 @lru_cache(maxsize=64)

@@ -18,7 +18,7 @@ from fedmed.privacy.expected_error import ASSUMED_AUC, expected_auc_error
 from fedmed.privacy.plan import PrivacyPlan, declared_delta
 from fedmed.privacy.randomness import RandomSource
 from fedmed.private_metrics import bin_edges
-from fedmed.task import TableTaskConfig
+from fedmed.task import TaskConfig
 
 MOST_BINS = 20
 LARGEST_AUC_ERROR = 0.05
@@ -43,7 +43,8 @@ class HistogramPlan:
     delta: float
 
     def __post_init__(self) -> None:
-        require(self.unit in ("patient", "record"), "histogram.unit", self.unit, "patient or record")
+        units = ("patient", "record", "image")
+        require(self.unit in units, "histogram.unit", self.unit, "patient, record or image")
         noise = self.noise_multiplier
         require(0 <= noise < math.inf, "histogram.noise_multiplier", noise, ">= 0")
         require(self.bins >= 2, "histogram.bins", self.bins, ">= 2")
@@ -108,7 +109,7 @@ class HistogramPlan:
         return counts + np.rint(self.noise_multiplier * draws / GRID) * GRID
 
 
-def metrics_plans(task: TableTaskConfig, privacy: PrivacyConfig) -> dict[str, HistogramPlan]:
+def metrics_plans(task: TaskConfig, privacy: PrivacyConfig) -> dict[str, HistogramPlan]:
     """The histogram plan of each site, from declared values alone; none unless `privacy.metrics=private`.
 
     Raises:
@@ -128,7 +129,7 @@ def metrics_plans(task: TableTaskConfig, privacy: PrivacyConfig) -> dict[str, Hi
     return plans
 
 
-def expected_error(task: TableTaskConfig, privacy: PrivacyConfig, plans: Iterable[HistogramPlan]) -> float:
+def expected_error(task: TaskConfig, privacy: PrivacyConfig, plans: Iterable[HistogramPlan]) -> float:
     """`expected_auc_error` of these plans together, at the declared sizes and prevalence."""
     return _error(task, privacy, noise=math.hypot(*(plan.noise_multiplier for plan in plans)))
 
@@ -165,7 +166,7 @@ def run_events(
     return [event for site, plan in plans.items() for event in site_events(plan, histograms.get(site))]
 
 
-def _plans(task: TableTaskConfig, privacy: PrivacyConfig, epsilon: float) -> dict[str, HistogramPlan]:
+def _plans(task: TaskConfig, privacy: PrivacyConfig, epsilon: float) -> dict[str, HistogramPlan]:
     plans = {}
     for site in task.declared_sizes:
         plan = HistogramPlan(
@@ -179,11 +180,11 @@ def _plans(task: TableTaskConfig, privacy: PrivacyConfig, epsilon: float) -> dic
     return plans
 
 
-def _held_out(task: TableTaskConfig) -> int:
+def _held_out(task: TaskConfig) -> int:
     return sum(task.declared_held_out(site) for site in task.declared_sizes)
 
 
-def _error(task: TableTaskConfig, privacy: PrivacyConfig, *, noise: float) -> float:
+def _error(task: TaskConfig, privacy: PrivacyConfig, *, noise: float) -> float:
     return expected_auc_error(
         held_out=_held_out(task),
         bins=privacy.metrics_bins,
@@ -193,7 +194,7 @@ def _error(task: TableTaskConfig, privacy: PrivacyConfig, *, noise: float) -> fl
     )
 
 
-def _what_would_help(task: TableTaskConfig, privacy: PrivacyConfig, plans: Iterable[HistogramPlan]) -> str:
+def _what_would_help(task: TaskConfig, privacy: PrivacyConfig, plans: Iterable[HistogramPlan]) -> str:
     general = "more sites, a larger task.test_fraction or another privacy.metrics_bins may help"
     noise = math.hypot(*(plan.noise_multiplier for plan in plans))
     for epsilon in (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0):

@@ -352,7 +352,7 @@ def test_exact_metrics_that_nobody_approved_do_not_leave(
 
 VIOLATIONS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "another task": ("task", {"tasks": ("Sepsis",)}, ()),
-    "another model": ("model", {"tabular_models": ("mlp",)}, ()),
+    "another model": ("model", {"scratch_models": ("mlp",)}, ()),
     "too costly": ("epsilon", {"epsilon_per_run": 1.0}, ()),
     "metrics make it too costly": ("epsilon", {"epsilon_per_run": 5.0}, PRIVATE_METRICS),
     "too many steps": ("steps", {"max_steps": 5}, ()),

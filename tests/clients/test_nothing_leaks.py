@@ -468,7 +468,7 @@ def tampered(**changes: Any) -> Action:
 STANDS = "the site's policy refuses: "
 REFUSED: dict[str, tuple[Action, str | None]] = {
     "task not listed": (policy(tasks=(f"{MARK} study",)), f"{STANDS}task"),
-    "model not listed": (policy(tabular_models=("mlp",)), f"{STANDS}model"),
+    "model not listed": (policy(scratch_models=("mlp",)), f"{STANDS}model"),
     "adapter not listed": (policy(adapters=("lora",)), f"{STANDS}adapter"),
     "too small": (policy(min_declared_size=5000), f"{STANDS}declared_size"),
     "too little noise": (policy(min_noise_multiplier=50.0), f"{STANDS}noise_multiplier"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from clients.asked import model_name, not_private, shown, task_digest
+from clients.asked import not_private, shown, task_digest
 from clients.policy import Policy
 from clients.refusal import Refusal, Rule
 from fedmed.compose import compose
@@ -62,8 +62,8 @@ CASES: list[tuple[Rule, dict[str, Any], tuple[str, ...], str, str]] = [
     (Rule.TASK, {"tasks": ("Sepsis 2",)}, (), f"'{TITLE}'", "one that this site lists"),
     (Rule.DATA, {"data": None}, (), "of the run's choice", OWN),
     (Rule.PATIENT_COLUMN, {"patient_column": None}, (), "the column that the run names", OWN),
-    (Rule.MODEL, {"tabular_models": ("mlp",)}, (), "'logistic'", "one that this site lists"),
-    (Rule.MODEL, {"tabular_models": ("logistic",)}, ("model=mlp",), "'mlp'", "one that this site lists"),
+    (Rule.MODEL, {"scratch_models": ("mlp",)}, (), "'logistic'", "one that this site lists"),
+    (Rule.MODEL, {"scratch_models": ("logistic",)}, ("model=mlp",), "'mlp'", "one that this site lists"),
     (Rule.ADAPTER, {"adapters": ("lora", "ffa_lora")}, (), "head", "lora or ffa_lora"),
     (Rule.ADAPTER, {"adapters": ()}, (), "head", "none"),
     (Rule.NON_PRIVATE, {"non_private": False}, ("privacy=off",), "privacy=off", "private runs only"),
@@ -183,7 +183,7 @@ def test_a_run_at_every_limit_is_allowed() -> None:
     limits = policy(
         min_declared_size=198, min_noise_multiplier=plan.noise_multiplier, max_grad_norm=0.5, max_sample_rate=0.25,
         max_steps=20, max_records_per_patient=2, delta_per_run=1e-5, epsilon_per_run=plan.epsilon(),
-        adapters=("head",), tabular_models=("logistic",), tasks=(TITLE,), non_private=False,
+        adapters=("head",), scratch_models=("logistic",), tasks=(TITLE,), non_private=False,
     )  # fmt: skip
     limits.check(asked(), SITE)
 
@@ -247,7 +247,7 @@ def test_a_pretrained_model_is_allowed_by_id_and_digest_together(
 ) -> None:
     instruction = asked(*hf_overrides)
     pinned = {"id": bert_folder.name, "sha256": sha256(bert_folder / "model.safetensors")}
-    assert model_name(instruction.model) == bert_folder.name
+    assert instruction.model.name == bert_folder.name
     policy(models=(pinned,)).check(instruction, SITE)
     for wrong in ({"id": "other"}, {"sha256": "0" * 64}):
         refused = refusal(policy(models=({**pinned, **wrong},)), instruction)

@@ -264,7 +264,7 @@ def test_training_refuses_draws_that_delta_cannot_pay_for() -> None:
 def test_an_unsound_network_is_refused_before_it_is_trained() -> None:
     """privacy.md, rule 6: by training itself, not only by who remembers to ask."""
     config, _, data, plan = setting("model=mlp")
-    model = TabularClassifier(config.task, config.model)
+    model = TabularClassifier(config.task, config.model, config.adapter)
     model.hidden = torch.nn.Sequential(model.hidden, torch.nn.BatchNorm1d(config.model.hidden))
     model.built = {}
     with pytest.raises(PrivacyError, match="GroupNorm"):
@@ -287,7 +287,7 @@ def test_the_records_of_a_patient_count_once_however_many_and_however_split() ->
 def test_dropout_is_off_while_training() -> None:
     """privacy.md, rule 8: it would be drawn from a generator that anybody may seed."""
     config, _, data, plan = setting("model=mlp")
-    model = TabularClassifier(config.task, config.model)
+    model = TabularClassifier(config.task, config.model, config.adapter)
     model.hidden = torch.nn.Sequential(model.hidden, torch.nn.Dropout(0.5))
     model.built = {}
     arrays = {name: values + 0.1 for name, values in model.initialise(0).items()}
