@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from clients.data import add_commands as add_data_commands
+
 if TYPE_CHECKING:
     from clients.policy import Policy
 
@@ -72,6 +74,7 @@ By = Annotated[str | None, typer.Option(metavar="NAME", help="Who decides; else 
 
 def add_commands(root: typer.Typer) -> None:
     """Add this side's commands to the root command."""
+    add_data_commands(app)
     root.add_typer(app, name="site")
 
 
