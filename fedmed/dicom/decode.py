@@ -120,8 +120,13 @@ def _encapsulated(
     for _ in range(layout.frames):
         try:
             values, found = next(frames)
-        except Exception:
-            # Decoders raise whatever their C libraries return; their messages may quote the file.
+        except MemoryError:
+            raise Quarantined(Reason.TOO_LARGE) from None
+        except BaseException as error:
+            # Decoders raise whatever their libraries return, with the file's values in the text. The Rust one panics,
+            # which is no Exception, and writes to the process's standard error itself.
+            if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+                raise
             raise Quarantined(Reason.DECODE_FAILED) from None
         if values.shape != shape:
             raise Quarantined(Reason.IMPLAUSIBLE_SIZE)
