@@ -87,7 +87,9 @@ def dicom_anonymizer(text: str) -> dict[tuple[str, str], str]:
 def idiscore(text: str) -> dict[tuple[str, str], str]:
     """(tag, column) to action, from one rule set a column."""
     parts = re.split(r"^(\w+) = RawNemaRuleSet\(", text, flags=re.M)
-    rule = re.compile(r'(?:SingleTag|RepeatingGroup|PrivateTags)\(\s*(?:"(\w+)")?,?\s*\),\s*ActionCodes\.(\w+)')
+    rule = re.compile(
+        r'(?:SingleTag|RepeatingGroup|PrivateTags)\(\s*(?:"(\w+)")?,?\s*\),\s*ActionCodes\.(\w+)'
+    )
     found = {}
     for name, body in zip(parts[1::2], parts[2::2], strict=True):
         for tag, words in rule.findall(body):

@@ -14,7 +14,6 @@ from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
-    HTJ2KTransferSyntaxes,
     ImplicitVRLittleEndian,
     JPEG2000TransferSyntaxes,
     JPEGLSTransferSyntaxes,
@@ -30,8 +29,7 @@ NATIVE = (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
 )
-J2K = (*JPEG2000TransferSyntaxes, *HTJ2KTransferSyntaxes)
-SUPPORTED = (*NATIVE, *JPEGTransferSyntaxes, *JPEGLSTransferSyntaxes, *J2K, RLELossless)
+SUPPORTED = (*NATIVE, *JPEGTransferSyntaxes, *JPEGLSTransferSyntaxes, *JPEG2000TransferSyntaxes, RLELossless)
 
 # Segments that say how colours are coded, and how much of each is kept; all other application segments go.
 _COLOUR_SEGMENTS = {0xE0: (b"JFIF\0", 14), 0xEE: (b"Adobe", 12), 0xE8: (b"mrfx", 5)}
@@ -46,9 +44,12 @@ def clean(dataset: Dataset, syntax: UID) -> None:
     """
     if syntax not in SUPPORTED:
         raise Quarantined(Reason.UNSUPPORTED_TRANSFER_SYNTAX)
-    if "PixelData" not in dataset:
-        return
     try:
+        for name, width in (("FloatPixelData", 4), ("DoubleFloatPixelData", 8)):
+            if name in dataset:
+                dataset[name].value = dataset[name].value[: _values(dataset) * width]
+        if "PixelData" not in dataset:
+            return
         if syntax in NATIVE:
             _clean_native(dataset, little_endian=syntax != ExplicitVRBigEndian)
         else:
@@ -60,6 +61,11 @@ def clean(dataset: Dataset, syntax: UID) -> None:
         raise Quarantined(Reason.UNREADABLE) from None
 
 
+def _values(dataset: Dataset) -> int:
+    frames = int(dataset.get("NumberOfFrames") or 1)
+    return int(frames * dataset.Rows * dataset.Columns * dataset.get("SamplesPerPixel", 1))
+
+
 def _clean_native(dataset: Dataset, *, little_endian: bool) -> None:
     allocated, stored = dataset.BitsAllocated, dataset.get("BitsStored", dataset.BitsAllocated)
     high = dataset.get("HighBit", stored - 1)
@@ -67,7 +73,11 @@ def _clean_native(dataset: Dataset, *, little_endian: bool) -> None:
     data = dataset["PixelData"].value
     if len(data) < expected:
         raise Quarantined(Reason.UNREADABLE)
-    data = data[:expected]
+    if dataset.PhotometricInterpretation == "YBR_FULL_422" and len(data) >= expected // 2 * 3:
+        # Some files say that colours are subsampled where they are not; readers go by the length.
+        expected = expected // 2 * 3
+    # Rounded up: of swapped bytes, the last one stands before its padding.
+    data = data[: expected + expected % 2]
     if stored < allocated and allocated in (8, 16, 32):
         order = "<" if little_endian or dataset["PixelData"].VR == "OB" else ">"
         signed = dataset.get("PixelRepresentation", 0) == 1
@@ -92,7 +102,7 @@ def _clean_encapsulated(dataset: Dataset, syntax: UID) -> None:
             break
         if syntax == RLELossless:
             frames.append(rle_frame(frame, dataset.Rows * dataset.Columns))
-        elif syntax in J2K:
+        elif syntax in JPEG2000TransferSyntaxes:
             frames.append(j2k_frame(frame))
         else:
             frames.append(jpeg_frame(frame))
@@ -172,7 +182,9 @@ def j2k_frame(frame: bytes) -> bytes:
         end = place + 2 + int.from_bytes(frame[place + 2 : place + 4], "big")
         if marker[0] != 0xFF or end < place + 4 or end > len(frame):
             raise Quarantined(Reason.UNREADABLE)
-        if marker == b"\xff\x90":  # Start of a tile-part: its length counts from the marker; 0 is up to the end.
+        if (
+            marker == b"\xff\x90"
+        ):  # Start of a tile-part: its length counts from the marker; 0 is up to the end.
             length = int.from_bytes(frame[place + 6 : place + 10], "big")
             end = place + length if length else frame.rfind(b"\xff\xd9")
             if end < place + 12:
@@ -232,4 +244,4 @@ def _rle_end(frame: bytes, place: int, stop: int, pixels: int) -> int:
             given, place = given + head + 1, place + head + 2
         else:
             given, place = given + (257 - head if head > 128 else 0), place + (2 if head > 128 else 1)
-    return place
+    return min(place, stop)
