@@ -11,6 +11,7 @@ What is not detected, since nothing here reads the pixels:
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,25 @@ from fedmed.dicom.reasons import Quarantined, Reason
 
 # Modalities whose pixels are usually a screen, a camera's picture or a scanned sheet.
 SCREEN_MODALITIES = frozenset(
-    "US IVUS ES XC OT SC DOC GM ECG EPS HD BDUS BMD DG KER LEN LS OPV PX RG TG SRF AR IO FID HC".split()
+    {
+        "US",
+        "IVUS",
+        "BDUS",
+        "BMD",
+        "ES",
+        "XC",
+        "GM",
+        "DOC",
+        "SC",
+        "OT",
+        "DG",
+        "ECG",
+        "EPS",
+        "HD",
+        "HC",
+        "RG",
+        "TG",
+    }
 )
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 # SequenceOfUltrasoundRegions: 1 two-dimensional, 2 M-mode, 3 spectral, 4 wave form; 5 is graphics.
@@ -83,10 +102,11 @@ def _text(dataset: Dataset, name: str) -> str:
     return str(dataset.get(name) or "").strip(" \0")
 
 
-def burned_in(dataset: Dataset) -> Verdict:
+def burned_in(dataset: Dataset, regions: Iterable[KnownRegion] = ()) -> Verdict:
     """Whether text may be drawn into the pixels of `dataset`, judged from its attributes alone.
 
-    Overlays (group 60xx) are no part of this: they are always removed, also from a pixel's unused bits.
+    A device of which `regions` says where it writes is suspected whatever its files declare. Overlays
+    (group 60xx) are no part of this: they are always removed, also from a pixel's unused bits.
     """
     if not any(name in dataset for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         return Verdict.DECLARED_FREE
@@ -94,7 +114,7 @@ def burned_in(dataset: Dataset) -> Verdict:
     if declared == "YES":
         return Verdict.DECLARED
     image_type = " ".join(str(value) for value in np.atleast_1d(dataset.get("ImageType") or "")).upper()
-    if "SCREEN" in image_type:
+    if "SCREEN" in image_type or any(region.matches(dataset) for region in regions):
         return Verdict.LIKELY
     if declared == "NO":
         return Verdict.DECLARED_FREE
@@ -146,7 +166,7 @@ def mask_pixels(dataset: Dataset, mask: NDArray[np.bool_]) -> None:
         values = np.array(pixel_array(dataset))
         if photometric.startswith("YBR"):
             photometric = "RGB"
-        places: tuple[object, ...] = (mask,)
+        places: Any = mask
         if int(dataset.get("NumberOfFrames") or 1) > 1:
             places = (slice(None), mask)
         values[places] = _black(dataset, photometric, stored)

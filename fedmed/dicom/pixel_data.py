@@ -83,7 +83,7 @@ def _clean_native(dataset: Dataset, *, little_endian: bool) -> None:
         signed = dataset.get("PixelRepresentation", 0) == 1
         words = np.frombuffer(data, f"{order}{'i' if signed else 'u'}{allocated // 8}")
         low = high - stored + 1
-        if not 0 <= low or high >= allocated:
+        if low < 0 or high >= allocated:
             raise Quarantined(Reason.UNREADABLE)
         # Up to the top bit and down again: what is above is lost, and a sign is repeated.
         above = allocated - 1 - high
@@ -96,7 +96,7 @@ def _clean_encapsulated(dataset: Dataset, syntax: UID) -> None:
     number = int(dataset.get("NumberOfFrames") or 1)
     tables = (dataset.get("ExtendedOffsetTable"), dataset.get("ExtendedOffsetTableLengths"))
     extended = (tables[0], tables[1]) if tables[0] and tables[1] else None
-    frames = []
+    frames: list[bytes] = []
     for frame in generate_frames(dataset.PixelData, number_of_frames=number, extended_offsets=extended):
         if len(frames) == number:
             break
