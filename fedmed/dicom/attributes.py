@@ -87,13 +87,13 @@ _NUMBERS = frozenset({"US", "SS", "UL", "SL", "UV", "SV", "FL", "FD", "AT"})
 # What a value of these must look like to stay.
 _PATTERNS = {
     "CS": re.compile(r"[A-Z0-9 _]{0,16}"),
-    "DS": re.compile(r" *([+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?)? *"),
-    "IS": re.compile(r" *([+-]?\d{1,12}(\.0*)?)? *"),
+    "DS": re.compile(r" *([+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?)? *", re.ASCII),
+    "IS": re.compile(r" *([+-]?\d{1,12}(\.0*)?)? *", re.ASCII),
     "LO": re.compile(r"[ -\[\]-~]{0,64}"),
     "SH": re.compile(r"[ -\[\]-~]{0,16}"),
 }
 _PATIENT_ID = 0x00100020
-_STACK = re.compile(r" *\d{0,8} *")
+_STACK = re.compile(r" *[0-9]{0,8} *")
 _DUMMIES: dict[str, Any] = {
     "DA": "19000101",
     "TM": "000000",
@@ -163,7 +163,7 @@ class Attributes:
             return _element(tag, "LO", pseudonym(self._key, value) if value else "")
         if action in ("D", "Z"):
             if vr == "UI" and action == "D":
-                return self._uids(view, tag)
+                return self._uids(view, tag, keep=False)
             return _placeholder(tag, action)
         if action == "C":
             # Dates, if they can be moved; what else has this action, a placeholder of the profile.
@@ -171,7 +171,7 @@ class Attributes:
         if vr == "SQ":
             return self._sequence(view, tag, depth)
         if action in ("U", "K"):
-            return self._uids(view, tag) if vr == "UI" else _placeholder(tag, "Z")
+            return self._uids(view, tag, keep=action == "K") if vr == "UI" else _placeholder(tag, "Z")
         return self._outside(view, tag, vr, depth)
 
     def _sequence(self, view: Dataset, tag: Any, depth: int) -> DataElement | None:
@@ -189,16 +189,18 @@ class Attributes:
             return None
         return _element(tag, vr, moved)
 
-    def _uids(self, view: Dataset, tag: Any) -> DataElement:
-        uids = [self._uid(value.strip(" \0"), keyword_for_tag(tag)) for value in _texts(view[tag].value)]
+    def _uids(self, view: Dataset, tag: Any, *, keep: bool) -> DataElement:
+        keyword = keyword_for_tag(tag)
+        uids = [value.strip(" \0") for value in _texts(view[tag].value)]
+        uids = [uid if keep and UID(uid).is_valid else self._uid(uid, keyword) for uid in uids]
         return _element(tag, "UI", uids)
 
     def _uid(self, uid: str, keyword: str) -> str:
         """The UID that stands for `uid` in all files of the site."""
-        if not uid or uid in UID_dictionary or (self._retain_uids and UID(uid).is_valid):
+        if not uid or uid in UID_dictionary:
             return uid
         # HL7's register of published terminologies: which one a code is from.
-        if keyword == "CodingSchemeUID" and re.fullmatch(r"2\.16\.840\.1\.113883\.6\.\d{1,6}", uid):
+        if keyword == "CodingSchemeUID" and re.fullmatch(r"2\.16\.840\.1\.113883\.6\.[0-9]{1,6}", uid):
             return uid
         digest = bytearray(hmac.digest(self._key, b"fedmed uid\0" + uid.encode(), "sha256")[:16])
         # Version 8 of RFC 9562: made by a rule of our own.
@@ -208,7 +210,7 @@ class Attributes:
     def _outside(self, view: Dataset, tag: Any, vr: str, depth: int) -> DataElement | None:
         """An attribute outside Table E.1-1: stays only where it can hold no text that somebody typed."""
         if vr == "UI":
-            return self._uids(view, tag)
+            return self._uids(view, tag, keep=self._retain_uids)
         keyword = keyword_for_tag(tag)
         if vr in _BYTES:
             kept = keyword in KEPT_BYTES or (depth == 0 and keyword in _PIXELS)

@@ -8,9 +8,9 @@ from datetime import date, timedelta
 MAX_DAYS = 3652
 
 _TIME = r"(?:[01]\d|2[0-3])(?:[0-5]\d(?:(?:[0-5]\d|60)(?:\.\d{1,6})?)?)?"
-_TM = re.compile(rf"{_TIME}|{_TIME}-(?:{_TIME})?|-{_TIME}")
-_DA = re.compile(r"(\d{4})(\d\d)(\d\d)|(\d{4})\.(\d\d)\.(\d\d)")
-_DT = re.compile(rf"(\d{{4}})(?:(\d\d)(?:(\d\d)({_TIME})?)?)?([+-]\d{{4}})?")
+_TM = re.compile(rf"{_TIME}|{_TIME}-(?:{_TIME})?|-{_TIME}", re.ASCII)
+_DA = re.compile(r"(\d{4})(\d\d)(\d\d)|(\d{4})\.(\d\d)\.(\d\d)", re.ASCII)
+_DT = re.compile(rf"(\d{{4}})(?:(\d\d)(?:(\d\d)({_TIME})?)?)?([+-]\d{{4}})?", re.ASCII)
 
 
 def days_earlier(key: bytes, patient_id: str) -> int:
