@@ -4,7 +4,6 @@ With the options Clean Pixel Data, Retain Longitudinal Temporal Information with
 UIDs. CONFIDENTIALITY.md says what is done beyond the table, and what is not detected.
 """
 
-import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ from fedmed.dicom import pixel_data
 from fedmed.dicom.attributes import Attributes, one_line, pseudonym
 from fedmed.dicom.burned_in import KnownRegion, blank, burned_in, mask_pixels
 from fedmed.dicom.confidentiality import EDITION, Action, actions
+from fedmed.dicom.quiet import quiet
 from fedmed.dicom.reasons import Quarantined, Reason
 
 # One random UUID, made once for this software (PS3.5, B.2).
@@ -75,14 +75,12 @@ class Deidentifier:
                 cleaned, or a file that was de-identified here before.
         """
         try:
-            # pydicom's warnings hold values.
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with quiet():
                 return self._deidentify(dataset)
         except Quarantined:
             raise
         except Exception:
-            # So may the text of its exceptions.
+            # Its text may hold a value of the file.
             raise Quarantined(Reason.UNREADABLE) from None
 
     def _deidentify(self, dataset: Dataset) -> Dataset:
