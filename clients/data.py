@@ -22,8 +22,10 @@ put into quarantine.csv with a reason, and ends nothing. Interrupted or killed, 
 
 FILE.csv has a column StudyInstanceUID, SOPInstanceUID or PatientID, and a column of classes.
 
-Nothing reads the pixels for burned-in text: files that say they have it, and kinds of files that often do, are refused
-or masked (--burned-in); look at contact-sheet.png.
+Nothing reads the pixels for burned-in text: files that say they have it, and kinds of files that often do (ultrasound,
+secondary captures), are refused. --burned-in mask blanks what lies outside an ultrasound's regions, and where --regions
+says that a device writes: a CSV with the columns manufacturer,model,modality,rows,columns,top,left,bottom,right.
+Look at contact-sheet.png.
 
 \b
 Examples:
@@ -99,6 +101,12 @@ def ingest_command(
     burned_in: Annotated[
         str, typer.Option(metavar="|".join(BURNED_IN), help="Images in whose pixels text may stand.")
     ] = "refuse",
+    regions: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.csv", help="Where devices write text: see the documentation of --burned-in."
+        ),
+    ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Make an existing data set anew.")] = False,
     workers: Annotated[int, typer.Option(metavar="N", help="Processes; 0: one a core.")] = 0,
     seconds: Annotated[float, typer.Option(metavar="N", help="Longest time on one file.")] = 60.0,
@@ -116,6 +124,7 @@ def ingest_command(
         modified_dates=modified_dates,
         keep_uids=keep_uids,
         burned_in=burned_in,
+        regions=_regions(regions),
         workers=workers,
         seconds=seconds,
         memory_mb=memory,
@@ -177,6 +186,14 @@ def _window(text: str | None) -> tuple[float, float] | None:
             f"--window={text}: expected CENTRE,WIDTH in Hounsfield units, e.g. -600,1500"
         ) from None
     return centre, width
+
+
+def _regions(path: Path | None) -> tuple[dict[str, Any], ...]:
+    if path is None:
+        return ()
+    from fedmed.dicom.burned_in import read_regions
+
+    return read_regions(path)
 
 
 def _key(site: Path | None, name: str | None) -> bytes:

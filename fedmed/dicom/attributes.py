@@ -15,6 +15,7 @@ from pydicom.uid import UID, UID_dictionary
 from fedmed.dicom.codes import known
 from fedmed.dicom.confidentiality import Action, actions
 from fedmed.dicom.dates import days_earlier, shift
+from fedmed.dicom.hashes import keyed_hash
 
 REMOVED = "REMOVED"
 # Deeper nesting than this is in no IOD; what lies deeper is removed.
@@ -109,11 +110,6 @@ _DUMMIES: dict[str, Any] = {
 }
 
 
-def pseudonym(key: bytes, patient_id: str) -> str:
-    """32 hexadecimal digits for a patient that only the holder of `key` can make, and nobody can read back."""
-    return hmac.digest(key, b"fedmed patient\0" + patient_id.encode(), "sha256")[:16].hex()
-
-
 def one_line(dataset: Dataset, name: str) -> str:
     try:
         value = dataset.get(name)
@@ -160,7 +156,7 @@ class Attributes:
         if tag == _PATIENT_ID:
             # At the top it is set again; in an item it may be another person's.
             value = one_line(view, "PatientID")
-            return _element(tag, "LO", pseudonym(self._key, value) if value else "")
+            return _element(tag, "LO", keyed_hash(self._key, "patient", value) if value else "")
         if action in ("D", "Z"):
             if vr == "UI" and action == "D":
                 return self._uids(view, tag, keep=False)

@@ -8,9 +8,11 @@ What is not detected, since nothing here reads the pixels:
 - faces, which can be rebuilt from CT or MR of the head (`RecognizableVisualFeatures`).
 """
 
+import csv
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from pydicom import Dataset
 from pydicom.pixels import pixel_array
 
 from fedmed.dicom.reasons import Quarantined, Reason
+from fedmed.errors import DataError
 
 # Modalities whose pixels are usually a screen, a camera's picture or a scanned sheet.
 SCREEN_MODALITIES = frozenset(
@@ -43,6 +46,8 @@ SCREEN_MODALITIES = frozenset(
     }
 )
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+# Columns of a regions' file that are text.
+_WORDS = ("manufacturer", "model", "modality")
 # SequenceOfUltrasoundRegions: 1 two-dimensional, 2 M-mode, 3 spectral, 4 wave form; 5 is graphics.
 _PICTURES = frozenset({1, 2, 3, 4})
 
@@ -98,6 +103,32 @@ class KnownRegion:
         )
 
 
+def read_regions(path: Path) -> tuple[dict[str, Any], ...]:
+    """The fields of a `KnownRegion` in each row of a CSV file that has them as columns.
+
+    Raises:
+        DataError: no such file, another column, or a row that is no rectangle of pixels; by its line.
+    """
+    columns = [field.name for field in fields(KnownRegion)]
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, skipinitialspace=True)
+            found = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error):
+        raise DataError(f"{path}: cannot be read as CSV in UTF-8") from None
+    if sorted(reader.fieldnames or ()) != sorted(columns):
+        raise DataError(f"{path}: expected the columns {','.join(columns)}")
+    regions = []
+    for line, row in enumerate(found, start=2):
+        try:
+            region: dict[str, Any] = {name: row[name] if name in _WORDS else int(row[name]) for name in columns}
+            KnownRegion(**region)
+        except (ValueError, TypeError):
+            raise DataError(f"{path}: line {line} is no rectangle of pixels within an image") from None
+        regions.append(region)
+    return tuple(regions)
+
+
 def _text(dataset: Dataset, name: str) -> str:
     return str(dataset.get(name) or "").strip(" \0")
 
@@ -149,6 +180,25 @@ def blank(dataset: Dataset, regions: Iterable[KnownRegion]) -> NDArray[np.bool_]
         if region.matches(dataset):
             mask[region.top : region.bottom, region.left : region.right] = True
     return mask if mask.any() else None
+
+
+def text_to_blank(
+    dataset: Dataset, *, mask: bool, regions: Iterable[KnownRegion] = ()
+) -> NDArray[np.bool_] | None:
+    """(rows, columns), True where text may stand and is to be blanked; None for a picture that needs no cleaning.
+
+    Args:
+        mask: blank what can be told apart from the picture; else a picture that may hold text is refused.
+
+    Raises:
+        Quarantined: text may be in the pixels, and either nothing tells where, or `mask` is not wanted.
+    """
+    if not burned_in(dataset, regions).suspect:
+        return None
+    found = blank(dataset, regions) if mask else None
+    if found is None:
+        raise Quarantined(Reason.BURNED_IN_TEXT)
+    return found
 
 
 def mask_pixels(dataset: Dataset, mask: NDArray[np.bool_]) -> None:

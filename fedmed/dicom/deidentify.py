@@ -5,16 +5,17 @@ UIDs. CONFIDENTIALITY.md says what is done beyond the table, and what is not det
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from pydicom import Dataset
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from fedmed.dicom import pixel_data
-from fedmed.dicom.attributes import Attributes, one_line, pseudonym
-from fedmed.dicom.burned_in import KnownRegion, blank, burned_in, mask_pixels
+from fedmed.dicom.attributes import Attributes, one_line
+from fedmed.dicom.burned_in import KnownRegion, mask_pixels, text_to_blank
 from fedmed.dicom.confidentiality import EDITION, Action, actions
+from fedmed.dicom.hashes import keyed_hash
 from fedmed.dicom.quiet import quiet
 from fedmed.dicom.reasons import Quarantined, Reason
 
@@ -95,7 +96,9 @@ class Deidentifier:
         if one_line(source, "DeidentificationMethod").startswith(METHOD.removesuffix(EDITION)):
             raise Quarantined(Reason.ALREADY_DEIDENTIFIED)
         syntax = _transfer_syntax(dataset)
-        mask = self._mask(source)
+        mask = text_to_blank(
+            source, mask=self.options.burned_in == "mask", regions=self.options.known_regions
+        )
         attributes = Attributes(
             self._key, self._actions, patient_id=patient_id, retain_uids=self.options.retain_uids
         )
@@ -106,18 +109,9 @@ class Deidentifier:
             mask_pixels(result, mask)
             result.BurnedInAnnotation = "NO"
         self._describe(result, masked=mask is not None)
-        result.PatientID = result.PatientName = pseudonym(self._key, patient_id)
+        result.PatientID = result.PatientName = keyed_hash(self._key, "patient", patient_id)
         result.preamble = b"\0" * 128
         return result
-
-    def _mask(self, source: Dataset) -> Any:
-        regions = self.options.known_regions
-        if not burned_in(source, regions).suspect:
-            return None
-        mask = blank(source, regions) if self.options.burned_in == "mask" else None
-        if mask is None:
-            raise Quarantined(Reason.BURNED_IN_TEXT)
-        return mask
 
     def _describe(self, result: Dataset, *, masked: bool) -> None:
         """Say what was done (PS3.15 E.1.1, 6; E.3.6)."""

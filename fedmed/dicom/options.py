@@ -1,6 +1,7 @@
 """What a person chooses for an ingestion. No pydicom here: a wrong choice is reported before anything is loaded."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from fedmed.errors import require
 
@@ -20,6 +21,7 @@ class Options:
         modified_dates: with `deidentify`: shift dates by a secret number of days a patient instead of removing them.
         keep_uids: with `deidentify`: keep UIDs, which lead back to the original files.
         burned_in: what becomes of images in whose pixels text may stand.
+        regions: where devices of this site write text, by hand: the fields of a `burned_in.KnownRegion`, each.
         workers: processes that decode; 0: one a core.
         seconds: a worker's longest time on one file.
         memory_mb: the address space of a worker, in MiB.
@@ -32,6 +34,7 @@ class Options:
     modified_dates: bool = False
     keep_uids: bool = False
     burned_in: str = "refuse"
+    regions: tuple[dict[str, Any], ...] = ()
     workers: int = 0
     seconds: float = 60.0
     memory_mb: int = 1024
@@ -48,6 +51,12 @@ class Options:
             self.window is None or self.window[1] > 0, "--window", self.window, "CENTRE,WIDTH with WIDTH > 0"
         )
         require(self.burned_in in BURNED_IN, "--burned-in", self.burned_in, " | ".join(BURNED_IN))
+        require(
+            self.burned_in != "keep" or not self.deidentify,
+            "--burned-in",
+            self.burned_in,
+            "refuse or mask with --deidentify: a name in the pixels is a name",
+        )
         for name in ("modified_dates", "keep_uids"):
             option = f"--{name.replace('_', '-')}"
             require(self.deidentify or not getattr(self, name), option, "true", "only with --deidentify")

@@ -1,5 +1,6 @@
 """One DICOM file into facts and pixels. Runs in a worker process; raises `Quarantined` for what cannot be used."""
 
+import io
 import os
 import re
 from dataclasses import asdict
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 
+from fedmed.dicom.burned_in import KnownRegion, mask_pixels, text_to_blank
+from fedmed.dicom.deidentify import Deidentifier, DeidentifyOptions
 from fedmed.dicom.hashes import keyed_hash
 from fedmed.dicom.pixels import Frames, Window, read_frames, to_display
 from fedmed.dicom.reasons import Quarantined, Reason
@@ -49,7 +52,21 @@ class Reader:
             else None
         )
         self.burned_in: str = settings["burned_in"]
+        self.regions = tuple(KnownRegion(**region) for region in settings["regions"])
         self.folder = Path(settings["folder"])
+        self.deidentifier = (
+            Deidentifier(
+                self.key,
+                DeidentifyOptions(
+                    modified_dates=settings["modified_dates"],
+                    retain_uids=settings["keep_uids"],
+                    burned_in="mask" if self.burned_in == "mask" else "refuse",
+                    known_regions=self.regions,
+                ),
+            )
+            if settings["deidentify"]
+            else None
+        )
         self.part = f"part-{os.getpid()}-{os.urandom(4).hex()}.bin"
         self._pixels = (self.folder / self.part).open("ab", buffering=0)
 
@@ -62,6 +79,12 @@ class Reader:
         """
         dataset = parse(path)
         facts = self._identity(dataset)
+        if self.deidentifier is not None:
+            dataset = self.deidentifier.deidentify(dataset)
+        elif self.burned_in != "keep":
+            mask = text_to_blank(dataset, mask=self.burned_in == "mask", regions=self.regions)
+            if mask is not None:
+                mask_pixels(dataset, mask)
         sliced = facts["modality"] in SLICED
         window = self.window if facts["modality"] == "CT" else None
         frames = read_frames(dataset, size=self.size, modality_values=sliced, window=window)
@@ -70,7 +93,10 @@ class Reader:
         if sliced and frames.window is not None:
             facts |= {"slices": [asdict(one) for one in dicom_slices(dataset)], "inverted": frames.inverted}
             values = _windowed_later(frames, facts)
-        return facts | self._store(values)
+        facts |= self._store(values)
+        if self.deidentifier is not None:
+            facts["deidentified"] = self._write(dataset)
+        return facts
 
     def _identity(self, dataset: Dataset) -> dict[str, Any]:
         """Whose it is and what it is, which only the holder of the key can lead back to a person."""
@@ -97,6 +123,23 @@ class Reader:
             "manufacturer": " ".join(_text(dataset, "Manufacturer").split())[:64],
             "year": _year(dataset),
         }
+
+    def _write(self, dataset: Dataset) -> str:
+        """Write a de-identified file to where its new UIDs say, and return its name."""
+        study, series, instance = (
+            str(dataset.get(f"{name}InstanceUID")) for name in ("Study", "Series", "SOP")
+        )
+        name = f"{study}/{series}/{instance}.dcm"
+        path = self.folder / "dicom" / name
+        content = io.BytesIO()
+        # Whatever cannot be written as DICOM is the file's fault; what cannot be put on the disk is ours.
+        dataset.save_as(content, enforce_file_format=True)
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.write_bytes(content.getvalue())
+        except OSError as error:
+            raise StoreFailed(error.errno, "") from None
+        return name
 
     def _store(self, values: NDArray[Any]) -> dict[str, Any]:
         """Append values to our file, whole or not at all."""
