@@ -50,38 +50,10 @@ _PIXELS = frozenset(
         "ExtendedOffsetTableLengths",
     }
 )
-_COLOURS = ("Red", "Green", "Blue", "Alpha")
-KEPT_BYTES = frozenset(
-    {
-        "LUTData",
-        *(f"{colour}PaletteColorLookupTableData" for colour in _COLOURS),
-        *(f"Segmented{colour}PaletteColorLookupTableData" for colour in _COLOURS),
-    }
-)
-_BYTES = frozenset(
-    {
-        "LUTData",
-        *(f"{colour}PaletteColorLookupTableData" for colour in _COLOURS),
-        *(f"Segmented{colour}PaletteColorLookupTableData" for colour in _COLOURS),
-    }
-)
-_BYTES = frozenset(
-    [
-        "PixelData",
-        "FloatPixelData",
-        "DoubleFloatPixelData",
-        "ExtendedOffsetTable",
-        "ExtendedOffsetTableLengths",
-        "LUTData",
-        "RedPaletteColorLookupTableData",
-        "GreenPaletteColorLookupTableData",
-        "BluePaletteColorLookupTableData",
-        "AlphaPaletteColorLookupTableData",
-        "SegmentedRedPaletteColorLookupTableData",
-        "SegmentedGreenPaletteColorLookupTableData",
-        "SegmentedBluePaletteColorLookupTableData",
-        "SegmentedAlphaPaletteColorLookupTableData",
-    ]
+_PALETTE = frozenset(
+    f"{segmented}{colour}PaletteColorLookupTableData"
+    for segmented in ("", "Segmented")
+    for colour in ("Red", "Green", "Blue", "Alpha")
 )
 _BYTES = frozenset({"OB", "OW", "OF", "OD", "OL", "OV"})
 _NUMBERS = frozenset({"US", "SS", "UL", "SL", "UV", "SV", "FL", "FD", "AT"})
@@ -209,7 +181,11 @@ class Attributes:
             return self._uids(view, tag, keep=self._retain_uids)
         keyword = keyword_for_tag(tag)
         if vr in _BYTES:
-            kept = keyword in KEPT_BYTES or (depth == 0 and keyword in _PIXELS)
+            # Colour tables of a picture that has no use for them are bytes like others.
+            palette = one_line(view, "PhotometricInterpretation") == "PALETTE COLOR"
+            kept = keyword == "LUTData" or (
+                depth == 0 and (keyword in _PIXELS or (palette and keyword in _PALETTE))
+            )
             return _element(tag, vr, bytes(view[tag].value or b"")) if kept else None
         if vr in _NUMBERS:
             numbers = _listed(view[tag].value)
