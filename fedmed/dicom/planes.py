@@ -1,7 +1,5 @@
 """One stored frame to grey or colour values at the size asked for, a few rows at a time."""
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -83,13 +81,13 @@ def _display(
 def colour_frame(
     stored: NDArray,
     layout: PixelLayout,
-    palette: Sequence[NDArray[np.float32]] | None,
+    palette: NDArray[np.float32] | None,
     *,
     out: NDArray[np.uint16],
 ) -> None:
     """Write one colour frame at `out`'s shape, (fewer rows, fewer columns, 3), black 0 to white 65535.
 
-    `stored`: (rows, columns, 3), or (rows, columns) with a palette: for each channel, the colour of each stored value.
+    `stored`: (rows, columns, 3), or (rows, columns) with a palette from `read_palette`.
     """
     rows, columns = stored.shape[:2]
     factor = 65535 / ((1 << layout.bits_stored) - 1)
@@ -98,7 +96,7 @@ def colour_frame(
         values = stored[first:last]
         if palette is not None:
             index = _unsigned(stored_bits(values, layout))
-            return np.stack([channel[index] for channel in palette], axis=-1).reshape(last - first, -1), None
+            return np.take(palette, index, axis=0).reshape(last - first, -1), None
         return np.multiply(values, np.float32(factor), dtype=np.float32).reshape(last - first, -1), None
 
     if out.shape[:2] != (rows, columns):
