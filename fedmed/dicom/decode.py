@@ -79,9 +79,9 @@ def stored_bits(values: NDArray, layout: PixelLayout) -> NDArray:
     if layout.bits_stored == layout.bits_allocated or layout.tag != PIXEL_DATA or not layout.native:
         return values
     # Arithmetic shifts on the signed type extend the sign; they bring the value down at the same time.
-    return (values << (layout.bits_allocated - 1 - layout.high_bit)) >> (
-        layout.bits_allocated - layout.bits_stored
-    )
+    bits = values << (layout.bits_allocated - 1 - layout.high_bit)
+    bits >>= layout.bits_allocated - layout.bits_stored
+    return bits
 
 
 def _coloured(values: NDArray, layout: PixelLayout) -> NDArray:

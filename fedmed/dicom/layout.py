@@ -98,7 +98,7 @@ def read_layout(dataset: Dataset, elements: Elements) -> PixelLayout:
         photometric=elements.text(0x00280004).replace("_COLOR", " COLOR"),
         rows=_required(elements, 0x00280010),
         columns=_required(elements, 0x00280011),
-        # 0 frames is what some writers leave for one: PS3.3 C.7.6.6 requires at least 1.
+        # PS3.3 C.7.6.6: absent means one; present, it is at least 1.
         frames=1 if frames is None else frames,
         samples=samples,
         bits_allocated=allocated,

@@ -71,17 +71,17 @@ def _entries(words: bytes | NDArray[np.uint16], count: int, bits: int) -> NDArra
     return entries
 
 
-def read_palette(dataset: Dataset, elements: Elements, layout: PixelLayout) -> list[NDArray[np.float32]]:
-    """The palette of a PALETTE COLOR image: for each channel, the colour, 0 to 65535, of each possible stored value.
+def read_palette(dataset: Dataset, elements: Elements, layout: PixelLayout) -> NDArray[np.float32]:
+    """The palette of a PALETTE COLOR image: (2 ** `bits_allocated`, 3), the colour, 0 to 65535, of each stored value.
 
-    Three arrays of 2 ** `bits_allocated`; negative stored values are at the end, as in two's complement.
+    Negative stored values are at the end, as in two's complement.
     """
     first, colours = _palette(dataset, elements, layout)
     possible = np.arange(1 << layout.bits_allocated)
     if layout.signed:
         possible = np.where(possible >> (layout.bits_allocated - 1), possible - len(possible), possible)
     index = np.clip(possible - first, 0, len(colours) - 1)
-    return [np.ascontiguousarray(colours[index, channel], np.float32) for channel in range(3)]
+    return colours[index].astype(np.float32)
 
 
 def _palette(dataset: Dataset, elements: Elements, layout: PixelLayout) -> tuple[int, NDArray[np.uint16]]:

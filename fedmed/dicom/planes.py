@@ -1,7 +1,5 @@
 """One stored frame to grey or colour values at the size asked for, a few rows at a time."""
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,6 +8,9 @@ from fedmed.dicom.layout import PixelLayout
 from fedmed.dicom.modality import Padding, Rescale
 from fedmed.dicom.resample import resample, row_blocks
 from fedmed.dicom.window import Window, to_display
+
+_WORTH_A_TABLE = 1 << 18
+"""Pixels of a frame from which a table of all 65,536 words costs less than computing each pixel."""
 
 
 def grey_frame(
@@ -33,7 +34,7 @@ def grey_frame(
         mask = padding.mask(values)
         floats = rescale.before_mean(values)
         if mask is not None:
-            floats[mask] = 0
+            np.copyto(floats, 0, where=mask)
         return floats, mask
 
     def finish(values: NDArray[np.float32], at: slice) -> None:
@@ -46,23 +47,47 @@ def grey_frame(
     if out.shape != stored.shape:
         finish(resample(read, rows, columns, (out.shape[0], out.shape[1])), slice(None))
         return
+    if (
+        window is not None
+        and stored.size >= _WORTH_A_TABLE
+        and stored.dtype.kind in "iu"
+        and stored.itemsize <= 2
+    ):
+        words = np.arange(1 << (8 * stored.itemsize), dtype=f"u{stored.itemsize}")
+        table = _display(words.view(stored.dtype.newbyteorder("=")), layout, rescale, padding, window)
+        for first, last in row_blocks(rows, columns):
+            np.take(table, _unsigned(stored[first:last]), out=out[first:last], mode="clip")
+        return
     for first, last in row_blocks(rows, columns):
         values, mask = read(first, last)
         if mask is not None:
-            values[mask] = np.nan
+            np.copyto(values, np.nan, where=mask)
         finish(values, slice(first, last))
+
+
+def _display(
+    stored: NDArray, layout: PixelLayout, rescale: Rescale, padding: Padding, window: Window
+) -> NDArray[np.uint16]:
+    """Display values of `stored` ones, of its shape, each by itself."""
+    stored = stored_bits(stored, layout)
+    values = rescale.before_mean(stored)
+    mask = padding.mask(stored)
+    if mask is not None:
+        np.copyto(values, np.nan, where=mask)
+    rescale.after_mean(values)
+    return to_display(values, window, inverted=layout.photometric == "MONOCHROME1")
 
 
 def colour_frame(
     stored: NDArray,
     layout: PixelLayout,
-    palette: Sequence[NDArray[np.float32]] | None,
+    palette: NDArray[np.float32] | None,
     *,
     out: NDArray[np.uint16],
 ) -> None:
     """Write one colour frame at `out`'s shape, (fewer rows, fewer columns, 3), black 0 to white 65535.
 
-    `stored`: (rows, columns, 3), or (rows, columns) with a palette: for each channel, the colour of each stored value.
+    `stored`: (rows, columns, 3), or (rows, columns) with a palette from `read_palette`.
     """
     rows, columns = stored.shape[:2]
     factor = 65535 / ((1 << layout.bits_stored) - 1)
@@ -71,7 +96,7 @@ def colour_frame(
         values = stored[first:last]
         if palette is not None:
             index = _unsigned(stored_bits(values, layout))
-            return np.stack([channel[index] for channel in palette], axis=-1).reshape(last - first, -1), None
+            return np.take(palette, index, axis=0).reshape(last - first, -1), None
         return np.multiply(values, np.float32(factor), dtype=np.float32).reshape(last - first, -1), None
 
     if out.shape[:2] != (rows, columns):
@@ -86,8 +111,5 @@ def colour_frame(
 
 def _unsigned(values: NDArray) -> NDArray:
     """Stored values as places in a table that starts at 0 and wraps to the negative ones."""
-    return (
-        values
-        if values.dtype.kind == "u"
-        else values.astype(values.dtype.newbyteorder("=")).view(f"u{values.itemsize}")
-    )
+    values = np.ascontiguousarray(values, values.dtype.newbyteorder("="))
+    return values if values.dtype.kind == "u" else values.view(f"u{values.itemsize}")

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import numpy as np
-import scipy.sparse
 from numpy.typing import NDArray
 
 from fedmed.dicom.reasons import Quarantined, Reason
@@ -12,7 +11,8 @@ from fedmed.dicom.reasons import Quarantined, Reason
 MAX_ASPECT = 16.0
 """A pixel's height over its width, or the reverse, beyond which the spacing is not believed."""
 _SQUARE = 0.01
-_BLOCK_VALUES = 1 << 15
+_BLOCK_VALUES = 1 << 14
+_BAND = 16
 
 ReadRows = Callable[[int, int], tuple[NDArray[np.float32], NDArray[np.bool_] | None]]
 """(first, last) -> rows first to last - 1 as float32, (rows, columns * channels), and where they are padding.
@@ -56,56 +56,63 @@ def resample(
     """
     total = np.zeros((shape[0], columns * channels), np.float32)
     padded: NDArray[np.float32] | None = None
-    for first, last, top, bottom, means in _row_means(rows, shape[0], columns * channels):
+    for first, last, top, bottom, weights in _row_bands(rows, shape[0], columns * channels):
         values, padding = read(first, last)
-        total[top:bottom] += means @ values
+        total[top:bottom] += weights @ values
         if padding is not None:
             padded = np.zeros_like(total) if padded is None else padded
-            padded[top:bottom] += means @ padding.astype(np.float32)
-    result = _across(total, columns, shape, channels)
+            padded[top:bottom] += weights @ padding.astype(np.float32)
+    result = _across(total, columns, shape[1], channels)
     if padded is not None:
-        present = 1 - _across(padded, columns, shape, channels)
-        result = np.where(present > 0.5, result / np.maximum(present, 0.5), np.float32(np.nan))
-    return result if channels > 1 else result[:, :, 0]
+        present = 1 - _across(padded, columns, shape[1], channels)
+        result /= np.maximum(present, np.float32(0.5))
+        np.copyto(result, np.nan, where=present <= 0.5)
+    return result.reshape(*shape, channels) if channels > 1 else result
 
 
-def _across(
-    values: NDArray[np.float32], columns: int, shape: tuple[int, int], channels: int
-) -> NDArray[np.float32]:
-    """Means along rows: (shape[0], columns * channels) to (shape[0], shape[1], channels)."""
-    if columns == shape[1]:
-        return values.reshape(*shape, channels)
-    upright = values.reshape(shape[0], columns, channels).transpose(1, 0, 2).reshape(columns, -1)
-    return (_means(columns, shape[1]) @ upright).reshape(shape[1], shape[0], channels).transpose(1, 0, 2)
+def _across(values: NDArray[np.float32], columns: int, fewer: int, channels: int) -> NDArray[np.float32]:
+    """Means along rows: (rows, columns * channels) to (rows, fewer * channels)."""
+    if columns == fewer:
+        return values
+    result = np.empty((len(values), fewer * channels), np.float32)
+    for first, last, top, bottom, weights in _column_bands(columns, fewer, channels):
+        np.matmul(values[:, first:last], weights, out=result[:, top:bottom])
+    return result
 
 
-@lru_cache(maxsize=16)
-def _means(count: int, fewer: int) -> scipy.sparse.csr_array:
-    """(fewer, count): each row averages its share of `count` equal cells; rows sum to 1."""
-    edges = np.arange(fewer + 1) * (count / fewer)
-    most = int(np.ceil(count / fewer)) + 1
-    cells = np.minimum(np.floor(edges[:-1]).astype(np.int64)[:, None] + np.arange(most), count - 1)
-    parts = np.minimum(cells + 1, edges[1:, None]) - np.maximum(cells, edges[:-1, None])
-    # The last cell may be named twice where a share ends at the border: its part counts once.
-    parts[:, 1:][cells[:, 1:] == cells[:, :-1]] = 0
-    parts = np.maximum(parts, 0)
-    parts /= parts.sum(axis=1, keepdims=True)
-    rows = np.repeat(np.arange(fewer), most)
-    matrix = scipy.sparse.csr_array(
-        (parts.ravel().astype(np.float32), (rows, cells.ravel())), shape=(fewer, count)
-    )
-    matrix.eliminate_zeros()
-    return matrix
+_Band = tuple[int, int, int, int, NDArray[np.float32]]
+"""(first, last, top, bottom, weights): cells first … last - 1 count towards means top … bottom - 1."""
 
 
 @lru_cache(maxsize=16)
-def _row_means(
-    rows: int, fewer: int, values_per_row: int
-) -> list[tuple[int, int, int, int, scipy.sparse.csr_array]]:
-    """(first, last, top, bottom, means): `means` times rows first … last - 1 adds to results top … bottom - 1."""
-    matrix = _means(rows, fewer)
-    blocks = []
+def _row_bands(rows: int, fewer: int, values_per_row: int) -> list[_Band]:
+    bands = []
     for first, last in row_blocks(rows, values_per_row):
-        top, bottom = first * fewer // rows, min(fewer, -(-last * fewer // rows))
-        blocks.append((first, last, top, bottom, matrix[top:bottom, first:last]))
-    return blocks
+        top, bottom = first * fewer // rows, -(-last * fewer // rows)
+        bands.append(
+            (first, last, top, bottom, _weights(rows, fewer, slice(first, last), slice(top, bottom)))
+        )
+    return bands
+
+
+@lru_cache(maxsize=16)
+def _column_bands(columns: int, fewer: int, channels: int) -> list[_Band]:
+    # Products of small dense bands: no transposed copies, and few zeros.
+    bands = []
+    for top in range(0, fewer, _BAND):
+        means = slice(top, min(top + _BAND, fewer))
+        cells = slice(top * columns // fewer, -(-means.stop * columns // fewer))
+        weights = _weights(columns, fewer, cells, means).T
+        spread = np.ascontiguousarray(np.kron(weights, np.eye(channels, dtype=np.float32)))
+        ends = (cells.start * channels, cells.stop * channels, means.start * channels, means.stop * channels)
+        bands.append((*ends, spread))
+    return bands
+
+
+def _weights(count: int, fewer: int, cells: slice, means: slice) -> NDArray[np.float32]:
+    """(means, cells): how much of each of `fewer` equal shares of `count` cells each cell is."""
+    share = count / fewer
+    left = np.arange(cells.start, cells.stop)
+    low = np.arange(means.start, means.stop)[:, None] * share
+    common = np.minimum(left + 1, low + share) - np.maximum(left, low)
+    return np.ascontiguousarray(np.maximum(common, 0) / share, np.float32)

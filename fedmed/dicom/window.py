@@ -13,7 +13,7 @@ from fedmed.dicom.lookup import LookupTable, read_table, scaled
 from fedmed.dicom.reasons import Quarantined, Reason
 
 _CENTER, _WIDTH, _FUNCTION, _TABLES = 0x00281050, 0x00281051, 0x00281056, 0x00283010
-_BLOCK = 1 << 15
+_BLOCK = 1 << 14
 
 
 @dataclass(frozen=True, kw_only=True)
