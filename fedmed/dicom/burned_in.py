@@ -121,7 +121,9 @@ def read_regions(path: Path) -> tuple[dict[str, Any], ...]:
     regions = []
     for line, row in enumerate(found, start=2):
         try:
-            region: dict[str, Any] = {name: row[name] if name in _WORDS else int(row[name]) for name in columns}
+            region: dict[str, Any] = {
+                name: row[name] if name in _WORDS else int(row[name]) for name in columns
+            }
             KnownRegion(**region)
         except (ValueError, TypeError):
             raise DataError(f"{path}: line {line} is no rectangle of pixels within an image") from None

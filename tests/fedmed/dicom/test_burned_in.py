@@ -59,7 +59,7 @@ def test_the_verdict(attributes: dict[str, Any], verdict: str) -> None:
     found = burned_in(instance(**attributes))
     assert found == verdict
     if found.suspect:
-        with pytest.raises(Quarantined, match="burned_in_text"):
+        with pytest.raises(Quarantined, match="burned-in-text"):
             deidentified(instance(**attributes))
     else:
         assert deidentified(instance(**attributes)).get("BurnedInAnnotation") == attributes.get(
@@ -121,7 +121,7 @@ def test_signed_pixels_become_the_smallest_value() -> None:
     ids=["none", "the whole picture", "beyond it", "graphics", "inside out"],
 )
 def test_refused_where_masking_would_blank_nothing(regions: list[Dataset]) -> None:
-    with pytest.raises(Quarantined, match="burned_in_text"):
+    with pytest.raises(Quarantined, match="burned-in-text"):
         deidentified(ultrasound(*regions, BurnedInAnnotation="YES"), burned_in="mask")
 
 
@@ -136,7 +136,7 @@ def test_regions_of_a_known_device() -> None:
     np.testing.assert_array_equal(result.pixel_array[1:], instance().pixel_array[1:])
     other = deidentified(instance(Manufacturer="ACME", ManufacturerModelName="Two"), **options)
     np.testing.assert_array_equal(other.pixel_array, instance().pixel_array)
-    with pytest.raises(Quarantined, match="burned_in_text"):
+    with pytest.raises(Quarantined, match="burned-in-text"):
         deidentified(instance(**device), known_regions=(known,))
     assert blank(instance(), [known]) is None
     assert DeidentifyOptions(known_regions=(known,)).burned_in == "refuse"

@@ -10,8 +10,8 @@ from pydicom.config import IGNORE
 from pydicom.datadict import dictionary_has_tag, dictionary_VR
 
 from fedmed.dicom import attributes, confidentiality
-from fedmed.dicom.attributes import pseudonym
 from fedmed.dicom.confidentiality import resolve, table
+from fedmed.dicom.hashes import keyed_hash
 from tests.fedmed.dicom.deidentification import (
     CANARY,
     KEY,
@@ -88,7 +88,7 @@ def check(result: Dataset, tag: int, row: Any, options: dict[str, bool], *, nest
         if nested and tag == 0x00100010:
             assert not value
         else:
-            assert value == pseudonym(KEY, PATIENT if tag == 0x00100010 else value_of(vr))
+            assert value == keyed_hash(KEY, "patient", PATIENT if tag == 0x00100010 else value_of(vr))
     elif code in ("Z", "X/Z"):
         assert result[tag].is_empty
     elif code in ("D", "Z/D", "X/D", "X/Z/D"):

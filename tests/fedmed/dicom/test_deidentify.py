@@ -18,8 +18,9 @@ from pydicom.datadict import DicomDictionary
 from pydicom.uid import ImplicitVRLittleEndian
 
 from fedmed.dicom import attributes, deidentify, pixel_data
-from fedmed.dicom.attributes import KEPT_TEXT, MAX_DEPTH, pseudonym
+from fedmed.dicom.attributes import KEPT_TEXT, MAX_DEPTH
 from fedmed.dicom.deidentify import Deidentifier, DeidentifyOptions
+from fedmed.dicom.hashes import keyed_hash
 from fedmed.dicom.reasons import Quarantined
 from tests.fedmed.dicom.deidentification import (
     CANARY,
@@ -233,7 +234,7 @@ def test_what_was_done_stands_in_the_file(options: dict[str, bool], codes: list[
 
 def test_the_patient_is_the_sites_pseudonym() -> None:
     result = deidentified(instance())
-    assert result.PatientID == result.PatientName == pseudonym(KEY, PATIENT)
+    assert result.PatientID == result.PatientName == keyed_hash(KEY, "patient", PATIENT)
     assert re.fullmatch("[0-9a-f]{32}", result.PatientID)
     assert deidentified(instance(PatientID=f" {PATIENT}  ")).PatientID == result.PatientID
     assert deidentified(instance(), key=bytes(32)).PatientID != result.PatientID
@@ -338,7 +339,7 @@ def test_a_date_that_cannot_be_moved_becomes_a_placeholder() -> None:
 
 def test_a_second_pass_is_refused() -> None:
     once = read(written(deidentified(instance())))
-    with pytest.raises(Quarantined, match="already_deidentified"):
+    with pytest.raises(Quarantined, match="already-deidentified"):
         deidentified(once)
 
 
@@ -350,10 +351,10 @@ def test_a_file_that_others_deidentified_is_taken() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"PatientID": ""}, "missing_patient_id"),
-        ({"PatientID": " \0"}, "missing_patient_id"),
-        ({"SOPInstanceUID": ""}, "missing_uid"),
-        ({"SOPClassUID": ""}, "missing_uid"),
+        ({"PatientID": ""}, "patient-id-missing"),
+        ({"PatientID": " \0"}, "patient-id-missing"),
+        ({"SOPInstanceUID": ""}, "uid-missing"),
+        ({"SOPClassUID": ""}, "uid-missing"),
         ({"Rows": 9999}, "unreadable"),
     ],
 )
