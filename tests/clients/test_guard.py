@@ -353,6 +353,7 @@ def test_exact_metrics_that_nobody_approved_do_not_leave(
 VIOLATIONS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "another task": ("task", {"tasks": ("Sepsis",)}, ()),
     "another model": ("model", {"tabular_models": ("mlp",)}, ()),
+    "patients moved by others": ("split", {}, ("task.public_benchmark=true", "task.split=shuffle")),
     "too costly": ("epsilon", {"epsilon_per_run": 1.0}, ()),
     "metrics make it too costly": ("epsilon", {"epsilon_per_run": 5.0}, PRIVATE_METRICS),
     "too many steps": ("steps", {"max_steps": 5}, ()),
