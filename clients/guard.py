@@ -382,10 +382,12 @@ def _receipt(instruction: Instruction, site: str, noise_draws: int) -> Receipt:
 
 
 def _what(instruction: Instruction, site: str) -> dict[str, Any]:
-    """What a person is asked to approve: declared values, and a digest of all of them."""
+    """What a person is asked to approve: declared values, and a digest of all that stay the same over the rounds."""
     plan = local_site.own_plan(instruction, site)
     groups = ("task", "model", "adapter", "privacy", "training")
-    whole = {name: to_dict(getattr(instruction, name)) for name in groups} | {"plan": to_dict(plan)}
+    whole = {name: to_dict(getattr(instruction, name)) for name in groups} | {
+        "plan": to_dict(plan), "seed": instruction.seed, "proximal_mu": instruction.proximal_mu
+    }  # fmt: skip
     reason = not_private(instruction)
     return {
         "task": instruction.task.title,

@@ -288,6 +288,23 @@ def test_changed_settings_need_a_new_approval(tmp_path: Path, data: Path) -> Non
     assert trained(site, asked).has_error()
 
 
+@pytest.mark.parametrize("change", [{"seed": 1}, {"proximal_mu": 0.5}])
+def test_an_approval_covers_every_setting_that_changes_what_is_trained(
+    change: dict[str, Any], tmp_path: Path, data: Path, opened: list[str]
+) -> None:
+    """The seed of a shuffled split says who is held out, and so whose scores leave exactly."""
+    site = make_site(tmp_path / "a", "a", held_out="exact", budget=30).path
+    asked = instruction(settings(data, "privacy.metrics=exact"))
+    quoted(site, asked)
+    decide(site)
+    assert quoted(site, asked).waiting is None
+    changed = dataclasses.replace(asked, **change)
+    for kind in (MessageType.TRAIN, MessageType.EVALUATE):
+        assert ask(site, kind, changed, start(changed)).error.reason == "site-failed"
+    assert quoted(site, changed).waiting
+    assert opened == []
+
+
 def test_nobody_trains_without_an_approval(tmp_path: Path, data: Path, opened: list[str]) -> None:
     site = make_site(tmp_path / "a", "a", held_out="none", budget=30, needs_approval=True).path
     asked = instruction(settings(data))
