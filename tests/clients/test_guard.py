@@ -615,6 +615,26 @@ def test_replies_leave_on_a_grid_whether_they_are_answers_or_failures(tmp_path: 
         assert min(late, 0.4 - late) < 0.1
 
 
+def test_a_run_does_not_spend_one_cohort_s_budget_on_another_one_s_patients(
+    tmp_path: Path, data: Path, opened: list[str]
+) -> None:
+    """Its officer has named other data, and another cohort, since the run was promised its budget."""
+    site = make_site(tmp_path / "a", "a", held_out="private", budget=60).path
+    asked = instruction(settings(data, *PRIVATE_METRICS))
+    assert quoted(site, asked).refusal is None
+    with ledger_of(site) as ledger:
+        ledger.add_cohort("children", declared_size=600, by="officer")
+    other = table(tmp_path / "children.csv")
+    change_policy(
+        site, **{**GENEROUS, "data": str(other), "cohort": "children", "metrics": {"held_out": "private"}}
+    )
+    open_guard.cache_clear()
+    for kind in (MessageType.TRAIN, MessageType.EVALUATE):
+        assert ask(site, kind, asked, start(asked)).error.reason == "site-failed"
+    assert opened == []
+    assert states(site) == ["hold", "hold"]
+
+
 def test_metrics_with_less_noise_than_was_promised_are_not_drawn(tmp_path: Path, data: Path) -> None:
     """What is charged is what was held: a coordinator cannot lower the noise after the quote."""
     site = make_site(tmp_path / "a", "a", held_out="private", budget=60).path
