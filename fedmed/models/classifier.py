@@ -4,6 +4,7 @@ Both map a batch of named tensors to one logit a record, and both know how to tu
 such a batch, once.
 """
 
+import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
@@ -141,6 +142,10 @@ class TextClassifier(Classifier):
     @torch.no_grad()
     def prepare(self, data: SiteDataset) -> Batch:
         self.eval()
+        if not data.texts:
+            # Of a site without a usable record: tensors of no record, shaped like any others.
+            some = dataclasses.replace(data, texts=["-"])
+            return {name: tensor[:0] for name, tensor in self.prepare(some).items()}
         inputs = self.tokenize(data.texts)
         if self.head_only:
             return {"features": (self.pooled(data.texts) - self.mean) @ self.projection}
