@@ -19,6 +19,7 @@ from fedmed.data.table import feature_names
 from fedmed.models.adapters import add_adapter
 from fedmed.models.loading import load_encoder
 from fedmed.models.prefix import capture, first_trainable_block, replayed, transformer_blocks
+from fedmed.models.row_linear import RowLinear
 from fedmed.task import TableTaskConfig
 
 Batch = dict[str, Tensor]
@@ -81,7 +82,7 @@ class TabularClassifier(Classifier):
         self.hidden: nn.Module = nn.Identity()
         if model.hidden:
             self.hidden = nn.Sequential(nn.Linear(width, model.hidden), nn.Tanh())
-        self.head = nn.Linear(model.hidden or width, 1)
+        self.head = RowLinear(model.hidden or width, 1)
         _zero(self.head)
 
     def prepare(self, data: SiteDataset) -> Batch:
@@ -112,7 +113,7 @@ class TextClassifier(Classifier):
         self.register_buffer("mean", mean)
         self.register_buffer("projection", projection)
         self.encoder = add_adapter(encoder, adapter)
-        self.head = nn.Linear(projection.shape[1], 1)
+        self.head = RowLinear(projection.shape[1], 1)
         _zero(self.head)
         blocks = transformer_blocks(self.encoder)[1]
         cut = first_trainable_block(self.encoder)
