@@ -322,14 +322,16 @@ class Guard:
             ) from None
 
     def _check_promised(self, instruction: Instruction, purpose: str, event: str) -> None:
-        """Return if what is about to run is what the run's promise was charged for.
+        """Return if what is about to run is what the run's promise was charged for, on the patients it is charged to.
 
         Raises:
-            BudgetError: it is another mechanism, or nothing was promised.
+            BudgetError: it is another mechanism or cohort, or nothing was promised.
         """
         self.ledger.refresh()
         held = self.ledger.account.holds.get((instruction.run_id, purpose))
-        if instruction.round < 1 or held is None or held.event != event:
+        # site.yaml may name another cohort, and its patients, than when the run was promised its budget.
+        promised = held is not None and (held.event, held.cohort) == (event, self.folder.policy.cohort)
+        if instruction.round < 1 or not promised:
             raise BudgetError(f"run '{instruction.run_id}': not the {purpose} that was promised")
 
     @contextlib.contextmanager
@@ -382,10 +384,12 @@ def _receipt(instruction: Instruction, site: str, noise_draws: int) -> Receipt:
 
 
 def _what(instruction: Instruction, site: str) -> dict[str, Any]:
-    """What a person is asked to approve: declared values, and a digest of all of them."""
+    """What a person is asked to approve: declared values, and a digest of all that stay the same over the rounds."""
     plan = local_site.own_plan(instruction, site)
     groups = ("task", "model", "adapter", "privacy", "training")
-    whole = {name: to_dict(getattr(instruction, name)) for name in groups} | {"plan": to_dict(plan)}
+    whole = {name: to_dict(getattr(instruction, name)) for name in groups} | {
+        "plan": to_dict(plan), "seed": instruction.seed, "proximal_mu": instruction.proximal_mu
+    }  # fmt: skip
     reason = not_private(instruction)
     return {
         "task": instruction.task.title,

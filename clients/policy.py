@@ -270,6 +270,14 @@ class Policy(_Section):
         # Budgets are for patients: a run that protects single records is charged to none of them.
         kept = task.unit == "patient" and (fixed or self._knows_patients(task))
         yield Rule.PATIENT_COLUMN, kept, named, own
+        # That a benchmark is public is the site's to say: epsilon does not hold for who was drawn into a shuffled part.
+        keyed = task.split == "hash"
+        yield (
+            Rule.SPLIT,
+            keyed or fixed,
+            "a shuffle by the run's seed",
+            "hash, or a task listed by its digest",
+        )
         yield Rule.MODEL, self._lists(model), _in_words(model), listed
         yield Rule.ADAPTER, adapter in self.adapters, adapter, " or ".join(self.adapters) or "none"
         plan = _own_plan(instruction, site)

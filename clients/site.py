@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import zlib
 from functools import lru_cache
 
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmed.config import parse
+from fedmed.data.dataset import SiteDataset
 from fedmed.data.readers import read_site, version_of
 from fedmed.errors import ConfigError
 from fedmed.metrics import ScoreCounts
@@ -20,7 +22,10 @@ from fedmed.privacy.plan import PrivacyPlan, declared_delta
 from fedmed.privacy.randomness import RandomSource, operating_system, seeded
 from fedmed.records import Arrays, Instruction, Quote
 from fedmed.schema import to_dict
+from fedmed.task import TaskConfig
 from fedmed.training import LocalData, LocalUpdate, local_parts, logits, one_thread, patient_logits, train
+
+log = logging.getLogger("fedmed.site")
 
 
 def quote(instruction: Instruction, site: str) -> Quote:
@@ -93,7 +98,7 @@ def pseudonyms(instruction: Instruction, site: str, split_key: bytes) -> tuple[b
 @lru_cache(maxsize=16)
 def _pseudonyms(key: str, version: tuple[int, ...], site: str, split_key: bytes) -> tuple[bytes, ...]:
     del version
-    return read_site(parse("task", json.loads(key)["task"]), site, seed=0, key=split_key).pseudonyms
+    return _read(parse("task", json.loads(key)["task"]), site, 0, split_key).pseudonyms
 
 
 def work(
@@ -207,9 +212,7 @@ def _parts(
     key: str, version: tuple[int, ...], site: str, seed: int, split_key: bytes | None
 ) -> tuple[LocalData, LocalData]:
     task = parse("task", json.loads(key)["task"])
-    return local_parts(
-        _prepared(key, version, site, split_key), read_site(task, site, seed=seed, key=split_key)
-    )
+    return local_parts(_prepared(key, version, site, split_key), _read(task, site, seed, split_key))
 
 
 @lru_cache(maxsize=16)
@@ -219,7 +222,17 @@ def _prepared(key: str, version: tuple[int, ...], site: str, split_key: bytes | 
     del version
     parts = json.loads(key)
     task, model, adapter = (parse(name, parts[name]) for name in ("task", "model", "adapter"))
-    return build(task, model, adapter).prepare(read_site(task, site, seed=0, key=split_key))
+    return build(task, model, adapter).prepare(_read(task, site, 0, split_key))
+
+
+def _read(task: TaskConfig, site: str, seed: int, split_key: bytes | None) -> SiteDataset:
+    # Whether there is anyone to train on is data: a site with a folder of its own then answers with noise.
+    data = read_site(task, site, seed=seed, key=split_key, maybe_empty=split_key is not None)
+    if data.test.all() or not data.test.any():
+        log.warning(
+            "no usable patient to train on, or none to hold out: does the run's declaration fit the table?"
+        )
+    return data
 
 
 @lru_cache(maxsize=8)

@@ -52,12 +52,15 @@ class SiteDataset:
         return np.flatnonzero(self.test if test else ~self.test)
 
 
-def check_parts(site: str, labels: NDArray[np.float32], test: NDArray[np.bool_], *, units: str) -> list[str]:
+def check_parts(
+    site: str, labels: NDArray[np.float32], test: NDArray[np.bool_], *, units: str, maybe_empty: bool
+) -> list[str]:
     """What should be known of a site's training and test part.
 
     Args:
         labels: (records,) 0 or 1.
         units: how many of what the site has in all, e.g. "3 usable patients".
+        maybe_empty: a part may be without records, as in `read_site`.
 
     Raises:
         DataError: one of the parts has no record.
@@ -66,6 +69,6 @@ def check_parts(site: str, labels: NDArray[np.float32], test: NDArray[np.bool_],
     for part, mask in (("training", ~test), ("test", test)):
         if len(set(labels[mask].tolist())) == 1:
             warnings.append(f"{part} part has one class")
-        if not mask.any():
+        if not (mask.any() or maybe_empty):
             raise DataError(f"site '{site}' has no {part} record; it has {units} in all")
     return warnings

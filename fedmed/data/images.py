@@ -65,19 +65,19 @@ def sites_in(task: ImageTaskConfig) -> Counter[str]:
     return Counter({name: int(read_manifest(folder / name)["records"]) for name in found})
 
 
-def read_site(task: ImageTaskConfig, site: str, *, seed: int, key: bytes | None = None) -> SiteDataset:
-    """The records of one site.
-
-    Args:
-        seed: of a `split: shuffle` (public benchmarks); a `hash` split uses the site's own key.
-        key: of a `split: hash`, where the site keeps its key in a folder of its own; None: that of `site_key`.
+def read_site(
+    task: ImageTaskConfig, site: str, *, seed: int, key: bytes | None = None, maybe_empty: bool = False
+) -> SiteDataset:
+    """The records of one site; arguments as in `fedmed.data.readers.read_site`.
 
     Raises:
         DataError: there is no ingested data, it is damaged, or the site has no usable record to train or to test on.
     """
     store = ImageStore.open(locate(task, site))
-    facts = _facts(task, site, store, seed=seed, key=key)
-    images = np.stack([prepared(task, store.image(record)) for record in facts.records])
+    facts = _facts(task, site, store, seed=seed, key=key, maybe_empty=maybe_empty)
+    images = np.zeros((len(facts.records), task.slices, task.image_size, task.image_size), dtype=np.float32)
+    for index, record in enumerate(facts.records):
+        images[index] = prepared(task, store.image(record))
     return SiteDataset(
         site=site,
         features=np.zeros((len(images), 0), dtype=np.float32),
@@ -98,7 +98,9 @@ def check_site(task: ImageTaskConfig, site: str, *, seed: int) -> Manifest:
     Raises:
         DataError: as `read_site`.
     """
-    return _facts(task, site, ImageStore.open(locate(task, site)), seed=seed, key=None).manifest
+    return _facts(
+        task, site, ImageStore.open(locate(task, site)), seed=seed, key=None, maybe_empty=False
+    ).manifest
 
 
 def made_up(task: ImageTaskConfig, records: int) -> dict[str, NDArray[np.float32]]:
@@ -119,9 +121,11 @@ class _Facts:
     manifest: Manifest
 
 
-def _facts(task: ImageTaskConfig, site: str, store: ImageStore, *, seed: int, key: bytes | None) -> _Facts:
+def _facts(
+    task: ImageTaskConfig, site: str, store: ImageStore, *, seed: int, key: bytes | None, maybe_empty: bool
+) -> _Facts:
     usable, reasons = _usable(task, store)
-    if not usable.any():
+    if not (usable.any() or maybe_empty):
         listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
         raise DataError(
             f"site '{site}' has no usable image ({listed}); check the task's classes and modalities"
@@ -142,7 +146,9 @@ def _facts(task: ImageTaskConfig, site: str, store: ImageStore, *, seed: int, ke
         patients=len(names),
         positives=int(labels.sum()),
         quarantined=dict(reasons),
-        warnings=check_parts(site, labels, test, units=f"{len(names)} usable patients"),
+        warnings=check_parts(
+            site, labels, test, units=f"{len(names)} usable patients", maybe_empty=maybe_empty
+        ),
     )
     units = patients if task.unit == "patient" else np.arange(len(kept))
     return _Facts(kept, labels, units, test, tuple(map(bytes.fromhex, names)), manifest)

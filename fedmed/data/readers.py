@@ -17,7 +17,9 @@ from fedmed.task import TaskConfig
 class Reader(Protocol):
     """What a kind of task can do with its data; `task` is of the kind's own class."""
 
-    def read_site(self, task: Any, site: str, *, seed: int, key: bytes | None = None) -> SiteDataset: ...
+    def read_site(
+        self, task: Any, site: str, *, seed: int, key: bytes | None = None, maybe_empty: bool = False
+    ) -> SiteDataset: ...
 
     def check_site(self, task: Any, site: str, *, seed: int) -> Manifest: ...
 
@@ -31,17 +33,21 @@ class Reader(Protocol):
 READERS: dict[str, Reader] = {"table": table, "image": images}
 
 
-def read_site(task: TaskConfig, site: str, *, seed: int, key: bytes | None = None) -> SiteDataset:
+def read_site(
+    task: TaskConfig, site: str, *, seed: int, key: bytes | None = None, maybe_empty: bool = False
+) -> SiteDataset:
     """The records of one site.
 
     Args:
         seed: of a `split: shuffle` (public benchmarks); a `hash` split uses the site's own key.
         key: of a `split: hash`, where the site keeps its key in a folder of its own; None: that of `site_key`.
+        maybe_empty: read a site without a usable record, or with none in one part, like any other. Where the reply is
+            private it must not tell: a declaration that leaves one patient's records would ask for that patient.
 
     Raises:
         DataError: the data is absent, damaged or not as declared, or nothing usable is left to train or to test on.
     """
-    return READERS[task.kind].read_site(task, site, seed=seed, key=key)
+    return READERS[task.kind].read_site(task, site, seed=seed, key=key, maybe_empty=maybe_empty)
 
 
 def check_site(task: TaskConfig, site: str, *, seed: int) -> Manifest:

@@ -133,12 +133,16 @@ class _Column:
     refused: NDArray[np.bool_]
 
 
-def read_site(task: TableTaskConfig, site: str, *, seed: int, key: bytes | None = None) -> SiteDataset:
+def read_site(
+    task: TableTaskConfig, site: str, *, seed: int, key: bytes | None = None, maybe_empty: bool = False
+) -> SiteDataset:
     """The records of one site.
 
     Args:
         seed: of a `split: shuffle` (public benchmarks); a `hash` split uses the site's own key.
         key: of a `split: hash`, where the site keeps its key in a folder of its own; None: that of `site_key`.
+        maybe_empty: read a site without a usable record, or with none in one part, like any other. Where the reply is
+            private it must not tell: a declaration that leaves one patient's records would ask for that patient.
 
     Raises:
         DataError: a declared column is missing, or the site has no usable record to train or to test on.
@@ -164,7 +168,7 @@ def read_site(task: TableTaskConfig, site: str, *, seed: int, key: bytes | None 
         if task.blanks == "drop":
             refuse(parsed.empty, f"{name}: blank")
     reasons = Counter({reason: count for reason, count in reasons.items() if count})
-    if not usable.any():
+    if not (usable.any() or maybe_empty):
         listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "no row names it"
         raise DataError(
             f"site '{site}' has no usable record ({listed}); check task.site_column and the declaration"
@@ -177,7 +181,8 @@ def read_site(task: TableTaskConfig, site: str, *, seed: int, key: bytes | None 
     patients = np.array([codes[name] for name in ids], dtype=np.int64)
     positive = labels.iloc[keep].isin(task.positive).to_numpy(dtype=bool).astype(np.float32)
     test = held_out(task, site, names, seed=seed, key=key)[patients]
-    warnings = check_parts(site, positive, test, units=f"{len(names)} usable {task.unit}s")
+    units = f"{len(names)} usable {task.unit}s"
+    warnings = check_parts(site, positive, test, units=units, maybe_empty=maybe_empty)
     return SiteDataset(
         site=site,
         features=_features(task, columns, keep),

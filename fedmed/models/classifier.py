@@ -4,6 +4,7 @@ They map a batch of named tensors to one logit a record, and know how to turn a 
 once.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from fedmed.model import TabularModelConfig, TextModelConfig
 from fedmed.models.adapters import add_adapter
 from fedmed.models.loading import load_encoder
 from fedmed.models.prefix import capture, first_trainable_block, replayed, transformer_blocks
+from fedmed.models.row_linear import RowLinear
 from fedmed.task import TableTaskConfig
 
 Batch = dict[str, Tensor]
@@ -94,7 +96,7 @@ class TabularClassifier(Classifier):
         self.hidden: nn.Module = nn.Identity()
         if model.hidden:
             self.hidden = nn.Sequential(nn.Linear(width, model.hidden), nn.Tanh())
-        self.head = nn.Linear(model.hidden or width, 1)
+        self.head = RowLinear(model.hidden or width, 1)
         zero(self.head)
 
     def prepare(self, data: SiteDataset) -> Batch:
@@ -133,7 +135,7 @@ class TextClassifier(Classifier):
         self.register_buffer("mean", mean)
         self.register_buffer("projection", projection)
         self.encoder = add_adapter(encoder, adapter)
-        self.head = nn.Linear(projection.shape[1], 1)
+        self.head = RowLinear(projection.shape[1], 1)
         zero(self.head)
         blocks = transformer_blocks(self.encoder)[1]
         cut = first_trainable_block(self.encoder)
@@ -163,6 +165,10 @@ class TextClassifier(Classifier):
     @torch.no_grad()
     def prepare(self, data: SiteDataset) -> Batch:
         self.eval()
+        if not data.texts:
+            # Of a site without a usable record: tensors of no record, shaped like any others.
+            some = dataclasses.replace(data, texts=["-"])
+            return {name: tensor[:0] for name, tensor in self.prepare(some).items()}
         inputs = self.tokenize(data.texts)
         if self.head_only:
             return {"features": (self.pooled(data.texts) - self.mean) @ self.projection}

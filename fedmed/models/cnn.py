@@ -14,6 +14,7 @@ from fedmed.data.dataset import SiteDataset
 from fedmed.model import CnnModelConfig
 from fedmed.models.adapters import freeze
 from fedmed.models.classifier import Batch, Classifier, zero
+from fedmed.models.row_linear import RowLinear
 from fedmed.task import ImageTaskConfig
 
 WIDTHS = (24, 48, 72, 96)
@@ -38,7 +39,7 @@ class CnnClassifier(Classifier):
         self.blocks = nn.Sequential(first, *others)
         if adapter.kind == "head":
             freeze(self.blocks)
-        self.head = nn.Linear(WIDTHS[-1], 1)
+        self.head = RowLinear(WIDTHS[-1], 1)
         zero(self.head)
 
     def prepare(self, data: SiteDataset) -> Batch:

@@ -15,6 +15,7 @@ from fedmed.errors import PrivacyError, require
 from fedmed.privacy.accounting import calibrate_noise, epsilon_of
 from fedmed.privacy.events import to_json
 from fedmed.privacy.expected_error import ASSUMED_AUC, expected_auc_error
+from fedmed.privacy.gaussian import SIGMA_CELLS
 from fedmed.privacy.plan import PrivacyPlan, declared_delta
 from fedmed.privacy.randomness import RandomSource
 from fedmed.private_metrics import bin_edges
@@ -22,9 +23,6 @@ from fedmed.task import TaskConfig
 
 MOST_BINS = 20
 LARGEST_AUC_ERROR = 0.05
-# Counts are whole and the noise is rounded to this grid, so that their float64 sum is exact: what leaves is a function
-# of the count plus rounded noise, and low bits tell nothing more (Mironov 2012).
-GRID = 2.0**-10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +101,18 @@ class HistogramPlan:
     def release(self, counts: NDArray[np.int64], source: RandomSource) -> NDArray[np.float64]:
         """(2, bins) float64: every cell plus Gaussian noise of its own, also the empty ones.
 
+        A patient is a whole number of the noise's cells, rounded down: the noise is never less than the plan's, and
+        more by at most a share of `noise_multiplier` / 2^20. The sum is one of integers, so that it is the ideal
+        Gaussian mechanism, randomly rounded, as in `fedmed.privacy.gaussian`. Noise that is scaled and rounded before
+        it is added has values of unlike weight: low bits would then tell counts apart (Mironov 2012).
+
         It is charged when it is called: whoever calls keeps the answer and never asks again.
         """
-        draws = source.normal(counts.size).reshape(counts.shape)
-        return counts + np.rint(self.noise_multiplier * draws / GRID) * GRID
+        if self.noise_multiplier == 0:
+            return counts.astype(np.float64)
+        patient = max(1, math.floor(SIGMA_CELLS / self.noise_multiplier))
+        noise = np.rint(source.normal(counts.size) * SIGMA_CELLS).astype(np.int64)
+        return (counts * patient + noise.reshape(counts.shape)) / patient
 
 
 def metrics_plans(task: TaskConfig, privacy: PrivacyConfig) -> dict[str, HistogramPlan]:

@@ -258,6 +258,26 @@ BAD_DATA: dict[str, Action] = {
     "feature column missing": renamed("age", f"{MARK} years"),
     "surplus cells": changed(f"{MARK} Ada 3,", f"{MARK} Ada 3,{SAID},{SAID},"),
     "a quote that is never closed": changed(f"b-39,{MARK} Ada", f'b-39,"{MARK} Ada'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_data_that_cannot_be_used_is_one_constant(name: str, stage: Stage, seen: Seen) -> None:
+    stage.quote()
+    with stage.patch.context() as patch:
+        stage.patch, before = patch, stage.patch
+        BAD_DATA[name](stage)
+        stage.rounds()
+        stage.patch = before
+    assert stage.refusal is None
+    # Both rounds and the metrics.
+    assert stage.errors == [FAILED] * 3
+    check(stage, seen)
+
+
+# Data of which nothing, or too little for a part, can be used: a failure would tell that nobody is there.
+
+NO_DATA: dict[str, Action] = {
     "no row of the site": every("site", f"{MARK} hospital"),
     "every id blank": every("id", ""),
     "every label undeclared": every("sick", f"{MARK} positive"),
@@ -268,19 +288,13 @@ BAD_DATA: dict[str, Action] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BAD_DATA)
-def test_data_that_cannot_be_used_is_one_constant(name: str, stage: Stage, seen: Seen) -> None:
+@pytest.mark.parametrize("name", NO_DATA)
+def test_whether_anybody_is_left_in_the_data_is_not_told(name: str, stage: Stage, seen: Seen) -> None:
     stage.quote()
-    if name == "every id blank":
-        stage.planted.rows[:] = stage.planted.rows[:40]
-    with stage.patch.context() as patch:
-        stage.patch, before = patch, stage.patch
-        BAD_DATA[name](stage)
-        stage.rounds()
-        stage.patch = before
-    assert stage.refusal is None
-    # Both rounds and the metrics.
-    assert stage.errors == [FAILED] * 3
+    stage.planted.rows[:] = stage.planted.rows[:40]
+    NO_DATA[name](stage)
+    stage.rounds()
+    assert (stage.errors, stage.refusal) == ([], None)
     check(stage, seen)
 
 

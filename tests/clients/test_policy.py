@@ -55,6 +55,8 @@ def refusal(policy: Policy, instruction: Instruction, site: str = SITE) -> Refus
 
 
 NOISE = ("privacy.epsilon=null", "privacy.noise_multiplier=0.8")
+# No setting of the site's allows it.
+SHUFFLED = ("task.public_benchmark=true", "task.split=shuffle")
 OWN = "a task that this site lists by its digest, or its own choice in site.yaml"
 # The rule, the site's policy, the run's settings, what the text says was asked and is allowed.
 CASES: list[tuple[Rule, dict[str, Any], tuple[str, ...], str, str]] = [
@@ -138,6 +140,7 @@ def test_a_plan_that_is_not_the_declared_one_is_a_refusal_too(name: str) -> None
 def refusals() -> Iterator[Refusal]:
     for _, changes, overrides, *_ in CASES:
         yield refusal(policy(**changes), asked(*overrides))
+    yield refusal(policy(), asked(*SHUFFLED))
     for instruction in PLANS.values():
         yield refusal(policy(), instruction)
     for metric in ("held_out", "training"):
@@ -174,7 +177,7 @@ def test_every_rule_is_checked_and_the_first_broken_one_is_told() -> None:
         for key in breaks[refused.rule]:
             del strict[key]
     policy().check(instruction, SITE)
-    outside = (Rule.PLAN, Rule.METRICS, Rule.APPROVAL, Rule.BUDGET)
+    outside = (Rule.SPLIT, Rule.PLAN, Rule.METRICS, Rule.APPROVAL, Rule.BUDGET)
     assert order == [rule for rule in Rule if rule not in outside]
 
 
@@ -227,6 +230,14 @@ def test_a_task_may_be_listed_by_its_digest() -> None:
         assert refusal(only, asked(override)).rule is Rule.TASK
     # The hint of what to list.
     assert digest in refusal(policy(tasks=()), asked()).asked
+
+
+def test_a_run_cannot_call_the_site_s_patients_a_public_benchmark_and_shuffle_them() -> None:
+    """privacy.md, rule 9: one patient more would move all others between the parts, at the noise for one."""
+    shuffled = asked(*SHUFFLED)
+    for tasks in ((TITLE,), ("*",)):
+        assert refusal(policy(tasks=tasks), shuffled).rule is Rule.SPLIT
+    policy(tasks=(task_digest(shuffled.task),)).check(shuffled, SITE)
 
 
 def test_a_title_that_looks_like_a_digest_is_none() -> None:
