@@ -43,6 +43,8 @@ SCREEN_MODALITIES = frozenset(
     }
 )
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+# No ultrasound or screen is larger; a file that says so is not worth the memory.
+_MAX_PIXELS = 1 << 26
 # SequenceOfUltrasoundRegions: 1 two-dimensional, 2 M-mode, 3 spectral, 4 wave form; 5 is graphics.
 _PICTURES = frozenset({1, 2, 3, 4})
 
@@ -132,9 +134,11 @@ def burned_in(dataset: Dataset, regions: Iterable[KnownRegion] = ()) -> Verdict:
 def blank(dataset: Dataset, regions: Iterable[KnownRegion]) -> NDArray[np.bool_] | None:
     """(rows, columns), True where text may stand: outside the ultrasound regions, or in a device's known ones.
 
-    None where neither is known, or where they would blank nothing.
+    None where neither is known, where they would blank nothing, or for a picture of absurd size.
     """
     rows, columns = int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0)
+    if rows * columns > _MAX_PIXELS:
+        return None
     mask = np.zeros((rows, columns), bool)
     pictures = np.zeros((rows, columns), bool)
     for item in dataset.get("SequenceOfUltrasoundRegions") or ():

@@ -81,14 +81,17 @@ def _clean_native(dataset: Dataset, *, little_endian: bool) -> None:
     if stored < allocated and allocated in (8, 16, 32):
         order = "<" if little_endian or dataset["PixelData"].VR == "OB" else ">"
         signed = dataset.get("PixelRepresentation", 0) == 1
-        words = np.frombuffer(data, f"{order}{'i' if signed else 'u'}{allocated // 8}")
         low = high - stored + 1
         if low < 0 or high >= allocated:
             raise Quarantined(Reason.UNREADABLE)
         # Up to the top bit and down again: what is above is lost, and a sign is repeated.
         above = allocated - 1 - high
-        words = ((words << above) >> (above + low)) << low
-        data = words.astype(words.dtype.newbyteorder(order)).tobytes()
+        content = bytearray(data)
+        words = np.frombuffer(content, f"{order}{'i' if signed else 'u'}{allocated // 8}")
+        for start in range(0, len(words), 1 << 20):
+            part = words[start : start + (1 << 20)]
+            part[:] = ((part << above) >> (above + low)) << low
+        data = bytes(content)
     dataset["PixelData"].value = data + b"\0" * (len(data) % 2)
 
 
