@@ -223,8 +223,10 @@ def rle_frame(frame: bytes, pixels: int) -> bytes:
         Quarantined: not such a frame.
     """
     number = int.from_bytes(frame[:4], "little")
+    if not 1 <= number <= 15:
+        raise Quarantined(Reason.UNREADABLE)
     offsets = [int.from_bytes(frame[4 * at : 4 * at + 4], "little") for at in range(1, number + 1)]
-    if not 1 <= number <= 15 or offsets != sorted(offsets) or offsets[0] < 64:
+    if offsets != sorted(offsets) or offsets[0] < 64:
         raise Quarantined(Reason.UNREADABLE)
     segments = []
     for start, stop in zip(offsets, [*offsets[1:], len(frame)], strict=True):
