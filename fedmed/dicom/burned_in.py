@@ -4,6 +4,7 @@ What is not detected, since nothing here reads the pixels:
 
 - text in a file that says `BurnedInAnnotation` NO, or says nothing and comes from a modality that seldom
   draws text (CT, MR, CR, DX, MG): a name written on a film before it was put on the detector, for example;
+- text in a reformatted slice or a processed picture of these modalities, unless it is stored as a secondary capture;
 - text inside the region that masking keeps (measurements or a name on top of the ultrasound picture);
 - faces, which can be rebuilt from CT or MR of the head (`RecognizableVisualFeatures`).
 """
@@ -25,7 +26,7 @@ from fedmed.errors import DataError
 
 # Modalities whose pixels are usually a screen, a camera's picture or a scanned sheet.
 SCREEN_MODALITIES = frozenset(
-    {
+    [
         "US",
         "IVUS",
         "BDUS",
@@ -43,11 +44,15 @@ SCREEN_MODALITIES = frozenset(
         "HC",
         "RG",
         "TG",
-    }
+    ]
 )
+# Of these, SECONDARY says that a slice was reformatted or a picture processed, not that a screen was copied.
+RECONSTRUCTED = frozenset({"CT", "MR", "CR", "DX", "MG"})
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 # Columns of a regions' file that are text.
 _WORDS = ("manufacturer", "model", "modality")
+# No ultrasound or screen is larger; a file that says so is not worth the memory.
+_MAX_PIXELS = 1 << 26
 # SequenceOfUltrasoundRegions: 1 two-dimensional, 2 M-mode, 3 spectral, 4 wave form; 5 is graphics.
 _PICTURES = frozenset({1, 2, 3, 4})
 
@@ -155,7 +160,7 @@ def burned_in(dataset: Dataset, regions: Iterable[KnownRegion] = ()) -> Verdict:
         _text(dataset, "Modality").upper() in SCREEN_MODALITIES
         or not _text(dataset, "Modality")
         or _text(dataset, "SOPClassUID").startswith(_SECONDARY_CAPTURE)
-        or "SECONDARY" in image_type
+        or ("SECONDARY" in image_type and _text(dataset, "Modality").upper() not in RECONSTRUCTED)
         or "ConversionType" in dataset
         or "SequenceOfUltrasoundRegions" in dataset
     )
@@ -165,9 +170,11 @@ def burned_in(dataset: Dataset, regions: Iterable[KnownRegion] = ()) -> Verdict:
 def blank(dataset: Dataset, regions: Iterable[KnownRegion]) -> NDArray[np.bool_] | None:
     """(rows, columns), True where text may stand: outside the ultrasound regions, or in a device's known ones.
 
-    None where neither is known, or where they would blank nothing.
+    None where neither is known, where they would blank nothing, or for a picture of absurd size.
     """
     rows, columns = int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0)
+    if rows * columns > _MAX_PIXELS:
+        return None
     mask = np.zeros((rows, columns), bool)
     pictures = np.zeros((rows, columns), bool)
     for item in dataset.get("SequenceOfUltrasoundRegions") or ():

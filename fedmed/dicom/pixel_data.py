@@ -81,14 +81,17 @@ def _clean_native(dataset: Dataset, *, little_endian: bool) -> None:
     if stored < allocated and allocated in (8, 16, 32):
         order = "<" if little_endian or dataset["PixelData"].VR == "OB" else ">"
         signed = dataset.get("PixelRepresentation", 0) == 1
-        words = np.frombuffer(data, f"{order}{'i' if signed else 'u'}{allocated // 8}")
         low = high - stored + 1
         if low < 0 or high >= allocated:
             raise Quarantined(Reason.UNREADABLE)
         # Up to the top bit and down again: what is above is lost, and a sign is repeated.
         above = allocated - 1 - high
-        words = ((words << above) >> (above + low)) << low
-        data = words.astype(words.dtype.newbyteorder(order)).tobytes()
+        content = bytearray(data)
+        words = np.frombuffer(content, f"{order}{'i' if signed else 'u'}{allocated // 8}")
+        for start in range(0, len(words), 1 << 20):
+            part = words[start : start + (1 << 20)]
+            part[:] = ((part << above) >> (above + low)) << low
+        data = bytes(content)
     dataset["PixelData"].value = data + b"\0" * (len(data) % 2)
 
 
@@ -220,8 +223,10 @@ def rle_frame(frame: bytes, pixels: int) -> bytes:
         Quarantined: not such a frame.
     """
     number = int.from_bytes(frame[:4], "little")
+    if not 1 <= number <= 15:
+        raise Quarantined(Reason.UNREADABLE)
     offsets = [int.from_bytes(frame[4 * at : 4 * at + 4], "little") for at in range(1, number + 1)]
-    if not 1 <= number <= 15 or offsets != sorted(offsets) or offsets[0] < 64:
+    if offsets != sorted(offsets) or offsets[0] < 64:
         raise Quarantined(Reason.UNREADABLE)
     segments = []
     for start, stop in zip(offsets, [*offsets[1:], len(frame)], strict=True):

@@ -414,3 +414,31 @@ def test_pixels_of_the_bundled_files_stay() -> None:
                 assert after.get(name) == dataset.get(name), (Path(path).name, name)
             outcomes["same"] += 1
     assert outcomes["same"] > 100, outcomes
+
+
+def test_damaged_files_end_in_a_file_or_a_reason() -> None:
+    """Flipped bytes and lost ends: nothing but `Quarantined` is raised, and what comes out can be written."""
+    rng = np.random.default_rng(0)
+    found = [Path(path) for path in get_testdata_files()]
+    paths = sorted(path for path in found if path.is_file() and 1000 < path.stat().st_size < 50_000)
+    outcomes: Counter[str] = Counter()
+    for _ in range(300):
+        content = np.frombuffer(paths[rng.integers(len(paths))].read_bytes(), np.uint8).copy()
+        places = rng.integers(132, len(content), rng.integers(1, 20))
+        content[places] = rng.integers(0, 256, len(places))
+        if rng.random() < 0.3:
+            content = content[: rng.integers(200, len(content))]
+        try:
+            dataset = read(content.tobytes())
+            dataset.BurnedInAnnotation = "NO"
+        except Exception:
+            outcomes["not read"] += 1
+            continue
+        try:
+            result = deidentified(dataset, modified_dates=True)
+        except Quarantined as error:
+            outcomes[error.reason] += 1
+        else:
+            outcomes["written"] += bool(written(result))
+    assert outcomes["written"] > 30, outcomes
+    assert len(outcomes) > 3, outcomes

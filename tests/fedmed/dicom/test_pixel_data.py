@@ -84,7 +84,7 @@ def test_rle_ends_with_the_last_pixel() -> None:
     np.testing.assert_array_equal(dataset.pixel_array, before)
 
 
-@pytest.mark.parametrize("number", [0, 16, 200])
+@pytest.mark.parametrize("number", [0, 16, 200, 0xFFFFFFFF])
 def test_a_damaged_rle_frame_is_refused(number: int) -> None:
     with pytest.raises(Quarantined, match="unreadable"):
         rle_frame(number.to_bytes(4, "little") + bytes(100), 16)
