@@ -4,6 +4,8 @@ GroupNorm in place of BatchNorm: no statistic mixes the patients of a batch, so 
 patient's own. 105,097 parameters with one channel, 600 more for each further one.
 """
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +33,7 @@ class CnnClassifier(Classifier):
         first = _block(nn.Conv2d(task.slices, WIDTHS[0], kernel_size=5, stride=2, padding=2))
         others = [
             _block(nn.AvgPool2d(2), nn.Conv2d(a, b, kernel_size=3, padding=1))
-            for a, b in zip(WIDTHS, WIDTHS[1:], strict=False)
+            for a, b in itertools.pairwise(WIDTHS)
         ]
         self.blocks = nn.Sequential(first, *others)
         if adapter.kind == "head":
