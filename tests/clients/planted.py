@@ -126,7 +126,10 @@ def ingested(folder: Path) -> PlantedImages:
     for index in range(0, 6, 2):
         # Left out by its label, which names the patient.
         planted[index] = dataclasses.replace(planted[index], label=f"{MARK} Ada {index}")
-    options = settings(path, "task.declared_sizes={a: 600, b: 600}", *PRIVATE_METRICS)
+    # The title that the sites of the tests list.
+    options = settings(
+        path, "task.title=a small table", "task.declared_sizes={a: 600, b: 600}", *PRIVATE_METRICS
+    )
     found = PlantedImages(path, options, planted)
     found.more = {image.patient for image in planted}
     found.write()
