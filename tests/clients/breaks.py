@@ -243,7 +243,7 @@ PLACES: list[tuple[Any, str]] = [
         "own_plan", "load", "work", "one_thread", "version_of", "read_site", "local_parts", "_parts", "_prepared",
         "_model", "_source", "train", "patient_logits", "private_score", "build", "metrics_plans", "_digest")),
     *((fedmed.data.table, name) for name in (
-        "read_csv", "_parse_csv", "_check_columns", "_parse", "_features", "hash_split", "sentence", "blank_cells")),
+        "read_csv", "_parse_csv", "_check_columns", "_parse", "_features", "held_out", "sentence", "blank_cells")),
     *((fedmed.training, name) for name in (
         "set_adapter", "private_step", "check_sound", "_losses", "_chunks", "_optimizer", "select")),
     *((fedmed.privacy.dpsgd, name) for name in ("clipped_sum", "noised", "combine_patients", "drop_non_finite")),

@@ -49,7 +49,9 @@ def ultrasound(
         ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}, "likely"),
         ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7.4"}, "likely"),
         ({"ConversionType": "SD"}, "likely"),
-        ({"ImageType": ["DERIVED", "SECONDARY"]}, "likely"),
+        ({"ImageType": ["DERIVED", "SECONDARY"], "Modality": "NM"}, "likely"),
+        # A reformatted slice, a processed picture.
+        ({"ImageType": ["DERIVED", "SECONDARY"]}, "unlikely"),
         ({"ImageType": ["DERIVED", "PRIMARY"]}, "unlikely"),
         ({"ImageType": ["DERIVED", "PRIMARY", "SCREEN SAVE"], "BurnedInAnnotation": "NO"}, "likely"),
         ({"SequenceOfUltrasoundRegions": Sequence([region(0, 0, 1, 1)])}, "likely"),
