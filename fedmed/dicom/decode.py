@@ -78,6 +78,11 @@ def stored_bits(values: NDArray, layout: PixelLayout) -> NDArray:
     """
     if layout.bits_stored == layout.bits_allocated or layout.tag != PIXEL_DATA or not layout.native:
         return values
+    if layout.high_bit == layout.bits_stored - 1 and values.dtype.kind in "iu" and values.size:
+        low = -(1 << (layout.bits_stored - 1)) if layout.signed else 0
+        # Two glances cost a tenth of two shifts, and most files have nothing there.
+        if values.min() >= low and values.max() < low + (1 << layout.bits_stored):
+            return values
     # Arithmetic shifts on the signed type extend the sign; they bring the value down at the same time.
     bits = values << (layout.bits_allocated - 1 - layout.high_bit)
     bits >>= layout.bits_allocated - layout.bits_stored

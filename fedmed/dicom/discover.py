@@ -51,6 +51,7 @@ def _below(source: Path, leave_out: Path | None) -> Found:
     unread: dict[str, Reason] = {}
     skipped = leave_out.resolve() if leave_out else None
     folders = [source]
+    above = len(os.path.join(source, ""))
     while folders:
         folder = folders.pop()
         try:
@@ -58,10 +59,10 @@ def _below(source: Path, leave_out: Path | None) -> Found:
         except PermissionError:
             if folder == source:
                 raise
-            unread[os.path.relpath(folder, source)] = Reason.NO_PERMISSION
+            unread[os.fspath(folder)[above:]] = Reason.NO_PERMISSION
             continue
         for entry in entries:
-            name = os.path.relpath(entry.path, source)
+            name = entry.path[above:]
             try:
                 if entry.is_dir(follow_symlinks=False):
                     if skipped is None or Path(entry.path).resolve() != skipped:

@@ -25,10 +25,10 @@ class Rescale:
     intercept: float = 0.0
     table: LookupTable | None = None
 
-    def before_mean(self, stored: NDArray) -> NDArray[np.float32]:
-        """`stored` values as a new float32 array, through the table: what must come before averaging."""
+    def before_mean(self, stored: NDArray) -> NDArray:
+        """`stored` values through the table, as float32: what must come before averaging. Without one, as they are."""
         if self.table is None:
-            return stored.astype(np.float32)
+            return stored
         return self.table.apply(stored, self.table.values.astype(np.float32))
 
     def after_mean(self, values: NDArray[np.float32]) -> None:

@@ -29,13 +29,14 @@ def grey_frame(
     rows, columns = stored.shape
     inverted = layout.photometric == "MONOCHROME1"
 
-    def read(first: int, last: int) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
+    def read(first: int, last: int) -> tuple[NDArray, NDArray[np.bool_] | None]:
         values = stored_bits(stored[first:last], layout)
         mask = padding.mask(values)
-        floats = rescale.before_mean(values)
-        if mask is not None:
-            np.copyto(floats, 0, where=mask)
-        return floats, mask
+        values = rescale.before_mean(values)
+        if mask is None:
+            return values, None
+        # A product is six times as fast as a choice; padding of floats may be infinite.
+        return (np.where(mask, 0, values) if values.dtype.kind == "f" else values * ~mask), mask
 
     def finish(values: NDArray[np.float32], at: slice) -> None:
         rescale.after_mean(values)
@@ -59,7 +60,8 @@ def grey_frame(
             np.take(table, _unsigned(stored[first:last]), out=out[first:last], mode="clip")
         return
     for first, last in row_blocks(rows, columns):
-        values, mask = read(first, last)
+        read_values, mask = read(first, last)
+        values = read_values.astype(np.float32)
         if mask is not None:
             np.copyto(values, np.nan, where=mask)
         finish(values, slice(first, last))
@@ -70,7 +72,7 @@ def _display(
 ) -> NDArray[np.uint16]:
     """Display values of `stored` ones, of its shape, each by itself."""
     stored = stored_bits(stored, layout)
-    values = rescale.before_mean(stored)
+    values = rescale.before_mean(stored).astype(np.float32)
     mask = padding.mask(stored)
     if mask is not None:
         np.copyto(values, np.nan, where=mask)
