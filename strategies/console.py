@@ -113,7 +113,12 @@ class RunConsole:
 
 def _units(compared: dict[str, Any]) -> Table:
     table = Table(title="patient-level against image-level clipping", box=box.SIMPLE_HEAD)
-    for name in ("clipped and\nsampled", "AUC*", "epsilon (PLD)\nfor one image", "epsilon (PLD)\nfor a patient"):
+    for name in (
+        "clipped and\nsampled",
+        "AUC*",
+        "epsilon (PLD)\nfor one image",
+        "epsilon (PLD)\nfor a patient",
+    ):
         table.add_column(name, justify="left" if name.startswith("clipped") else "right")
     for row in unit_table(compared):
         table.add_row(*row)

@@ -16,7 +16,7 @@ from fedmed.privacy.accounting import round_up
 INK, MUTED = "#1c2024", "#5b636b"
 SERIES = ["#0072b2", "#c44e00", "#00805d", "#a8467f", "#946400", "#4b4bd0"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
-DASHES = [(5, 3), (1, 2)]
+DASHES = [(5, 3), (1, 2), (6, 2, 1, 2)]
 STYLE: Any = {
     # Text stays text (searchable, in the page's font), and a site named $x$ is no formula.
     "svg.fonttype": "none",
