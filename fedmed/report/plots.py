@@ -16,7 +16,7 @@ from fedmed.privacy.accounting import round_up
 INK, MUTED = "#1c2024", "#5b636b"
 SERIES = ["#0072b2", "#c44e00", "#00805d", "#a8467f", "#946400", "#4b4bd0"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
-DASHES = [(5, 3), (1, 2)]
+DASHES = [(5, 3), (1, 2), (6, 2, 1, 2)]
 STYLE: Any = {
     # Text stays text (searchable, in the page's font), and a site named $x$ is no formula.
     "svg.fonttype": "none",
@@ -104,7 +104,9 @@ def _auc_by_site(privacy: Mapping[str, Any], runs: Mapping[str, Any]) -> Plot:
     figure, axes = canvas(4.8, 1.4 + 0.36 * len(rows))
     empty = set(range(len(rows)))
     # Each run a little lower, so that equal values are all seen.
-    for marker, run, lower in zip(MARKERS, runs.values(), (-0.2, 0.0, 0.2), strict=False):
+    apart = 0.4 / max(2, len(runs) - 1)
+    for index, (marker, run) in enumerate(zip(MARKERS, runs.values(), strict=False)):
+        lower = index * apart - 0.2
         values = [run["sites"].get(site, {}).get("auc") for site in rows[:-1]] + [run["auc"]]
         drawn = {row: value for row, value in enumerate(values) if value is not None}
         empty -= drawn.keys()
@@ -117,7 +119,7 @@ def _auc_by_site(privacy: Mapping[str, Any], runs: Mapping[str, Any]) -> Plot:
     axes.set(xlabel="AUC (0 to 1, exact)", ylim=(len(rows) - 0.5, -0.5))
     axes.locator_params(axis="x", nbins=6)
     alt = f"Dot chart of the exact AUC per site: {', '.join(runs)}; the values stand in the table of results"
-    return Plot(to_svg(figure, axes, list(runs), columns=3), "AUC per site", alt)
+    return Plot(to_svg(figure, axes, list(runs), columns=min(4, len(runs))), "AUC per site", alt)
 
 
 def _site_lines(axes: Any, history: Entries, privacy: Any, value: Callable[..., float | None]) -> list[str]:
