@@ -1,0 +1,1 @@
+"""DICOM: reading it, cleaning it, writing it. Needs the extra `dicom`; nothing here imports torch."""
