@@ -139,7 +139,7 @@ def _wide(values: Floats | float) -> Floats | float:
 
 def _render(anatomy: dict[str, NDArray], pose: dict[str, Floats], size: int) -> Floats:
     """(images, size, size) float32, about 0 to 1, without noise."""
-    line = ((np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1)
+    line = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
     across, down = line[None, None, :] - _wide(pose["x"]), line[None, :, None] - _wide(pose["y"])
     cosine, sine = np.cos(pose["turn"]) / pose["zoom"], np.sin(pose["turn"]) / pose["zoom"]
     x = _wide(cosine) * across + _wide(sine) * down
@@ -170,7 +170,9 @@ def _lungs(anatomy: dict[str, NDArray], pose: dict[str, Floats], x: Floats, y: F
     lungs = np.zeros_like(x)
     for index, side in enumerate((-1, 1)):
         centre = side * anatomy["lung_x"], anatomy["lung_y"][:, index]
-        lung = _ellipse(x, y, centre, (anatomy["lung_width"][:, index], anatomy["lung_height"][:, index]), 0.12)
+        lung = _ellipse(
+            x, y, centre, (anatomy["lung_width"][:, index], anatomy["lung_height"][:, index]), 0.12
+        )
         dome = _wide(anatomy["dome"][:, index] + pose["breath"])
         floor = dome + 1.6 * np.square(x - _wide(centre[0]))
         lung *= np.clip((floor - y) / 0.08 + 0.5, 0, 1)

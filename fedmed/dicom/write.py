@@ -5,16 +5,15 @@ array that was written, value by value.
 """
 
 import datetime
-import io
-from dataclasses import dataclass, field
+import functools
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
+from pydicom.config import RAISE
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
-from pydicom.filewriter import dcmwrite
 from pydicom.pixels import get_encoder
 from pydicom.uid import (
     ComputedRadiographyImageStorage,
@@ -28,8 +27,10 @@ from pydicom.uid import (
     RLELossless,
     UltrasoundImageStorage,
 )
+from pydicom.valuerep import validate_value
 
-from fedmed.errors import require
+from fedmed.dicom.splice import Template
+from fedmed.errors import ConfigError, require
 
 SOP_CLASSES = {
     "CR": ComputedRadiographyImageStorage,
@@ -39,8 +40,9 @@ SOP_CLASSES = {
     "MR": MRImageStorage,
     "US": UltrasoundImageStorage,
 }
-# Whose only photometric interpretations are those of grey values that an X-ray left.
 PROJECTIONS = ("DX", "MG")
+# Bits stored, by the modules of PS3.3: C.8.2.1, C.8.3.1, C.8.5.6, C.8.11.3.
+DEPTHS = {"CR": (1, 16), "CT": (12, 16), "DX": (6, 16), "MG": (6, 16), "MR": (9, 16), "US": (8, 8)}
 GREY = ("MONOCHROME1", "MONOCHROME2")
 
 
@@ -92,7 +94,7 @@ class Facts:
     photometric: str = "MONOCHROME2"
     # Centre and width, in values after slope and intercept.
     window: tuple[float, float] | None = None
-    # DX and MG have none (PS3.3 C.8.11.3.1.2), and neither has colour.
+    # Other than 1 and 0 for CR, CT and MR alone (PS3.3 C.8.11.3.1.2).
     slope: float = 1.0
     intercept: float = 0.0
     # Of a CT or MR slice, in mm: the centre of its first pixel, and its thickness.
@@ -101,25 +103,37 @@ class Facts:
 
     def __post_init__(self) -> None:
         require(self.modality in SOP_CLASSES, "modality", self.modality, " or ".join(SOP_CLASSES))
-        grey = self.modality != "US" or self.photometric in GREY
-        require(
-            self.photometric in GREY or (self.photometric == "RGB" and not grey),
-            "photometric", self.photometric, "MONOCHROME1 or MONOCHROME2, or RGB with modality=US",
-        )  # fmt: skip
-        # PS3.3: CT and DX list their depths; 8 bits and less fill a byte.
-        low = 12 if self.modality == "CT" else 6 if self.modality in PROJECTIONS else 1
-        high = 8 if self.photometric == "RGB" else 16
+        valid = ("MONOCHROME2", "RGB") if self.modality == "US" else GREY
+        require(self.photometric in valid, "photometric", self.photometric, " or ".join(valid))
+        low, high = DEPTHS[self.modality]
         require(low <= self.bits_stored <= high, "bits_stored", self.bits_stored, f"{low} to {high}")
-        plain = (self.slope, self.intercept) == (1.0, 0.0)
         require(
-            plain or self.modality in ("CR", "CT", "MR"), "slope/intercept", (self.slope, self.intercept),
+            self.plain or self.modality in ("CR", "CT", "MR"), "slope/intercept", (self.slope, self.intercept),
             f"1 and 0 with modality={self.modality}",
         )  # fmt: skip
+
+        for name, vr in (("patient_id", "LO"), ("patient_name", "PN"), ("sex", "CS"), ("study_id", "SH")):
+            _check_text(name, getattr(self, name), vr)
+        for name in ("instance_uid", "series_uid", "study_uid", "frame_of_reference_uid"):
+            _check_text(name, getattr(self, name), "UI")
+
+    @property
+    def plain(self) -> bool:
+        """Whether stored values are the values."""
+        return (self.slope, self.intercept) == (1.0, 0.0)
 
     @property
     def bits_allocated(self) -> int:
         """8 or 16."""
-        return 8 if self.bits_stored <= 8 else 16
+        return 16 if self.bits_stored > 8 else 8
+
+
+def _check_text(name: str, text: str, vr: str) -> None:
+    """Hold a text to the rules of its kind (PS3.5 6.2). The message does not hold it."""
+    try:
+        validate_value(vr, text, RAISE)
+    except ValueError:
+        raise ConfigError(f"{name}: expected a value of the kind {vr} in DICOM (PS3.5, 6.2)") from None
 
 
 def dicom_bytes(pixels: NDArray[Any], facts: Facts, *, syntax: Syntax = Syntax.EXPLICIT) -> bytes:
@@ -133,32 +147,65 @@ def dicom_bytes(pixels: NDArray[Any], facts: Facts, *, syntax: Syntax = Syntax.E
         ConfigError: pixels that do not fit `facts`.
     """
     stored = _stored(pixels, facts)
+    template = _template(replace(facts, **_BLANK), syntax, stored.shape, stored.dtype.kind)
+    compressed = syntax in (Syntax.RLE, Syntax.JPEG_2000)
+    data = _compressed(stored, facts, syntax) if compressed else stored.tobytes()
+    # Bytes at 8 bits are OB in an explicit file (PS3.5 A.2).
+    vr = "OB" if compressed or facts.bits_allocated == 8 else "OW"
+    padded = data + b"\0" * (len(data) % 2)
+    return template.fill(_own(facts), padded, pixels_vr=vr, encapsulated=compressed)
+
+
+# What differs between the files of a scanner, left out: the rest is written once.
+_BLANK: dict[str, Any] = {
+    "instance_uid": "2.25.1", "series_uid": "2.25.1", "study_uid": "2.25.1", "patient_id": "", "patient_name": "",
+    "birth_date": None, "sex": "", "study_id": "", "study_time": datetime.datetime(2020, 1, 1),
+    "series_number": 1, "instance_number": 1,
+}  # fmt: skip
+
+
+def _own(facts: Facts) -> dict[str, str]:
+    """What is set anew in every file, by keyword."""
+    date, time = f"{facts.study_time:%Y%m%d}", f"{facts.study_time:%H%M%S}"
+    texts = {
+        "SOPInstanceUID": facts.instance_uid, "SeriesInstanceUID": facts.series_uid,
+        "StudyInstanceUID": facts.study_uid, "StudyID": facts.study_id,
+        "PatientID": facts.patient_id, "PatientName": facts.patient_name, "PatientSex": facts.sex,
+        "PatientBirthDate": f"{facts.birth_date:%Y%m%d}" if facts.birth_date else "",
+        "SeriesNumber": str(facts.series_number), "InstanceNumber": str(facts.instance_number),
+    }  # fmt: skip
+    for what in ("Study", "Series", "Acquisition", "Content"):
+        texts |= {f"{what}Date": date, f"{what}Time": time}
+    return texts
+
+
+@functools.lru_cache(maxsize=256)
+def _template(facts: Facts, syntax: Syntax, shape: tuple[int, ...], kind: str) -> Template:
     dataset = Dataset()
-    for add in (_patient, _study, _equipment, _image, _of_modality):
+    for add in (_patient_and_study, _equipment, _image, _of_modality):
         add(dataset, facts)
-    _pixels(dataset, stored, facts, syntax)
+    _grid(dataset, facts, syntax, shape, kind)
     dataset.file_meta = meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = dataset.SOPClassUID
     meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
     meta.TransferSyntaxUID = TRANSFER_SYNTAXES[syntax]
-    buffer = io.BytesIO()
-    dcmwrite(buffer, dataset, enforce_file_format=True)
-    return buffer.getvalue()
+    return Template.of(dataset)
 
 
 def _stored(pixels: NDArray[Any], facts: Facts) -> NDArray[Any]:
     """The array in the type in which it is stored."""
     shape = pixels.shape
     colour = facts.photometric == "RGB"
-    fits = len(shape) == 2 + colour and (not colour or shape[2] == 3) and 0 < min(shape) and max(shape) < 2**16
+    fits = (
+        len(shape) == 2 + colour and (not colour or shape[2] == 3) and min(shape) > 0 and max(shape) < 2**16
+    )
     require(fits, "pixels.shape", shape, "(rows, columns, 3)" if colour else "(rows, columns)")
     require(pixels.dtype.kind in "iu", "pixels.dtype", pixels.dtype, "whole numbers")
     signed = pixels.dtype.kind == "i"
-    require(not (signed and colour), "pixels.dtype", pixels.dtype, "unsigned, for RGB")
+    unsigned = facts.modality in (*PROJECTIONS, "US")
     require(
-        not (signed and facts.modality in PROJECTIONS), "pixels.dtype", pixels.dtype,
-        f"unsigned, with modality={facts.modality}",
-    )  # fmt: skip
+        not (signed and unsigned), "pixels.dtype", pixels.dtype, f"unsigned, with modality={facts.modality}"
+    )
     high = 2 ** (facts.bits_stored - signed)
     low = -high if signed else 0
     # The values themselves may be anybody's: the message holds the range only.
@@ -167,25 +214,12 @@ def _stored(pixels: NDArray[Any], facts: Facts) -> NDArray[Any]:
     return pixels.astype(f"<{'i' if signed else 'u'}{facts.bits_allocated // 8}", order="C", copy=False)
 
 
-def _patient(dataset: Dataset, facts: Facts) -> None:
-    dataset.PatientName = facts.patient_name
-    dataset.PatientID = facts.patient_id
-    dataset.PatientBirthDate = f"{facts.birth_date:%Y%m%d}" if facts.birth_date else ""
-    dataset.PatientSex = facts.sex
-
-
-def _study(dataset: Dataset, facts: Facts) -> None:
-    date, time = f"{facts.study_time:%Y%m%d}", f"{facts.study_time:%H%M%S}"
+def _patient_and_study(dataset: Dataset, facts: Facts) -> None:
     dataset.SpecificCharacterSet = "ISO_IR 192"
-    dataset.StudyInstanceUID = facts.study_uid
-    dataset.StudyID = facts.study_id
-    dataset.StudyDate = dataset.SeriesDate = dataset.AcquisitionDate = dataset.ContentDate = date
-    dataset.StudyTime = dataset.SeriesTime = dataset.AcquisitionTime = dataset.ContentTime = time
+    for keyword, text in _own(facts).items():
+        setattr(dataset, keyword, text)
     dataset.AccessionNumber = dataset.ReferringPhysicianName = ""
     dataset.Modality = facts.modality
-    dataset.SeriesInstanceUID = facts.series_uid
-    dataset.SeriesNumber = facts.series_number
-    dataset.InstanceNumber = facts.instance_number
 
 
 def _equipment(dataset: Dataset, facts: Facts) -> None:
@@ -205,9 +239,9 @@ def _image(dataset: Dataset, facts: Facts) -> None:
     dataset.BodyPartExamined = facts.body_part
     if facts.comment:
         dataset.ImageComments = facts.comment
-    if facts.window is not None:
+    if facts.window is not None and facts.photometric in GREY:
         dataset.WindowCenter, dataset.WindowWidth = map(_decimal, facts.window)
-    if facts.modality in ("CR", "CT", "MR"):
+    if facts.modality in ("CR", "CT", "MR") and (facts.modality == "CT" or not facts.plain):
         dataset.RescaleSlope, dataset.RescaleIntercept = _decimal(facts.slope), _decimal(facts.intercept)
         dataset.RescaleType = "HU" if facts.modality == "CT" else "US"
     if facts.modality != "US":
@@ -222,7 +256,6 @@ def _of_modality(dataset: Dataset, facts: Facts) -> None:
         dataset.ViewPosition = "PA"
         dataset.PatientOrientation = ["L", "F"]
     elif facts.modality == "US":
-        dataset.ImageType = ["ORIGINAL", "PRIMARY", "", "0001"]
         dataset.PatientOrientation = ""
     else:
         _slice(dataset, facts)
@@ -234,6 +267,7 @@ def _projection(dataset: Dataset, facts: Facts) -> None:
     dataset.ImageType = ["ORIGINAL", "PRIMARY", ""]
     dataset.ImagerPixelSpacing = dataset.PixelSpacing
     dataset.PixelSpacingCalibrationType = "GEOMETRY"
+    dataset.PixelSpacingCalibrationDescription = "made up"
     dataset.DetectorType = "DIRECT"
     dataset.PixelIntensityRelationship = "LOG"
     inverse = facts.photometric == "MONOCHROME1"
@@ -241,16 +275,17 @@ def _projection(dataset: Dataset, facts: Facts) -> None:
     dataset.RescaleSlope, dataset.RescaleIntercept, dataset.RescaleType = "1", "0", "US"
     dataset.PresentationLUTShape = "INVERSE" if inverse else "IDENTITY"
     dataset.PatientOrientation = ["A", "F"] if breast else ["L", "F"]
-    dataset.ViewPosition = "MLO" if breast else "PA"
     dataset.ImageLaterality = "L" if breast else "U"
     dataset.AnatomicRegionSequence = [_code("76752008", "Breast") if breast else _code("51185008", "Chest")]
     view = _code("399368009", "medio-lateral oblique") if breast else _code("399348003", "postero-anterior")
     if breast:
         dataset.BodyPartExamined = "BREAST"
         dataset.OrganExposed = "BREAST"
-        dataset.PositionerType = "MAMMOGRAPHIC"
         dataset.BreastImplantPresent = "NO"
         view.ViewModifierCodeSequence = []
+    else:
+        dataset.ViewPosition = "PA"
+    dataset.PositionerType = "MAMMOGRAPHIC" if breast else ""
     dataset.ViewCodeSequence = [view]
     dataset.AcquisitionContextSequence = []
 
@@ -279,29 +314,36 @@ def _code(value: str, meaning: str) -> Dataset:
     return item
 
 
-def _pixels(dataset: Dataset, stored: NDArray[Any], facts: Facts, syntax: Syntax) -> None:
-    colour = stored.ndim == 3
-    dataset.SamplesPerPixel = 3 if colour else 1
-    if colour:
+def _grid(dataset: Dataset, facts: Facts, syntax: Syntax, shape: tuple[int, ...], kind: str) -> None:
+    dataset.SamplesPerPixel = 3 if len(shape) == 3 else 1
+    if len(shape) == 3:
         dataset.PlanarConfiguration = 0
-    dataset.PhotometricInterpretation = facts.photometric
-    dataset.Rows, dataset.Columns = stored.shape[:2]
+    dataset.PhotometricInterpretation = _photometric(facts, syntax)
+    dataset.Rows, dataset.Columns = shape[:2]
     dataset.BitsAllocated, dataset.BitsStored = facts.bits_allocated, facts.bits_stored
     dataset.HighBit = facts.bits_stored - 1
-    dataset.PixelRepresentation = int(stored.dtype.kind == "i")
-    compressed = syntax in (Syntax.RLE, Syntax.JPEG_2000)
-    data = _compressed(stored, facts, syntax) if compressed else stored.tobytes()
-    dataset.PixelData = data + b"\0" * (len(data) % 2)
-    # Bytes at 8 bits are OB in an explicit file; an implicit one always means OW (PS3.5 A.1, A.2).
-    native = "OW" if facts.bits_allocated == 16 or syntax == Syntax.IMPLICIT else "OB"
-    dataset["PixelData"].VR = "OB" if compressed else native
+    dataset.PixelRepresentation = int(kind == "i")
+
+
+def _photometric(facts: Facts, syntax: Syntax) -> str:
+    """JPEG 2000 keeps colour as luminance and differences, without loss (PS3.5 8.2.4)."""
+    reversible = facts.photometric == "RGB" and syntax == Syntax.JPEG_2000
+    return "YBR_RCT" if reversible else facts.photometric
+
+
+# The encoder halves every image five times.
+JPEG_2000_SIDE = 32
 
 
 def _compressed(stored: NDArray[Any], facts: Facts, syntax: Syntax) -> bytes:
+    small = syntax == Syntax.JPEG_2000 and min(stored.shape[:2]) < JPEG_2000_SIDE
+    require(
+        not small, "pixels.shape", stored.shape, f"at least {JPEG_2000_SIDE} rows and columns for JPEG 2000"
+    )
     frame = get_encoder(TRANSFER_SYNTAXES[syntax]).encode(
         stored, rows=stored.shape[0], columns=stored.shape[1], samples_per_pixel=3 if stored.ndim == 3 else 1,
         number_of_frames=1, bits_allocated=facts.bits_allocated, bits_stored=facts.bits_stored,
-        pixel_representation=int(stored.dtype.kind == "i"), photometric_interpretation=facts.photometric,
+        pixel_representation=int(stored.dtype.kind == "i"), photometric_interpretation=_photometric(facts, syntax),
         planar_configuration=0, encoding_plugin="pylibjpeg",
     )  # fmt: skip
     return encapsulate([frame], has_bot=False)
