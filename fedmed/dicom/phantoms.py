@@ -17,7 +17,7 @@ Floats = NDArray[np.float32]
 # Images rendered at once: their arrays stay within a few MB.
 BATCH = 64
 # How much brighter a finding of difficulty 1 is than the lung around it, from the faintest to the clearest.
-CONTRAST = (0.06, 0.22)
+CONTRAST = (0.10, 0.36)
 RIBS = 8
 
 
