@@ -3,26 +3,24 @@
 import hashlib
 import json
 import math
-from pathlib import PurePath
 from typing import TYPE_CHECKING
 
-from fedmed.config import TabularModelConfig, TextModelConfig
 from fedmed.errors import PrivacyError
 
 if TYPE_CHECKING:
     from fedmed.privacy.plan import PrivacyPlan
     from fedmed.records import Instruction
-    from fedmed.task import TableTaskConfig
+    from fedmed.task import TaskConfig
 
 # What a task's digest begins with.
 DIGEST = "sha256:"
 
 
-def task_digest(task: "TableTaskConfig") -> str:
+def task_digest(task: "TaskConfig") -> str:
     """`sha256:` and 64 hex digits that change with anything a site reads of the task, its file's name included."""
     from fedmed.schema import to_dict
 
-    # The declaration's file was read when the run was composed; a site never does.
+    # A declaration's file was read when the run was composed; a site never does.
     values = {key: value for key, value in to_dict(task).items() if key != "declaration"}
     return DIGEST + hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -34,13 +32,6 @@ def not_private(instruction: "Instruction") -> str | None:
     if instruction.privacy.seeded:
         return "privacy.seeded=true"
     return "task.declare=from_data" if instruction.task.declare == "from_data" else None
-
-
-def model_name(model: TextModelConfig | TabularModelConfig) -> str:
-    """A pretrained model's PACKAGE:FOLDER or the name of its folder; of a table's model its kind."""
-    if isinstance(model, TabularModelConfig):
-        return "mlp" if model.hidden else "logistic"
-    return model.package or PurePath(model.path or "").name
 
 
 def run_epsilon(instruction: "Instruction", site: str, plan: "PrivacyPlan") -> float:

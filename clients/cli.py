@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from clients.data import add_commands as add_data_commands
+
 if TYPE_CHECKING:
     from clients.policy import Policy
 
-SITE_HELP = """Make a site, and show what it allows.
+SITE_HELP = """Make a site, show what it allows, decide on runs.
 
 A site is a folder: site.yaml (what runs may ask of it), its secret split key and its signing identity.
 
@@ -17,6 +19,8 @@ A site is a folder: site.yaml (what runs may ask of it), its secret split key an
 Examples:
   fedmed site init /srv/fedmed --name mercy
   fedmed site policy /srv/fedmed
+  fedmed site requests /srv/fedmed
+  fedmed site approve /srv/fedmed demo-1f2e3d4c5b6a --why "ethics vote 12/26"
 """
 
 INIT_HELP = """Make a site in DIR, a new or an empty folder.
@@ -31,7 +35,7 @@ Examples:
   fedmed site init . --name "St. Mary's"
 """
 
-POLICY_HELP = """Show the policy of the site in DIR, and which of its values are defaults.
+POLICY_HELP = """Show the policy of the site in DIR, and mark its defaults.
 
 \b
 Examples:
@@ -47,7 +51,9 @@ Examples:
   fedmed site requests /srv/fedmed --json
 """
 
-APPROVE_HELP = """Approve a run: exactly what was asked for, which a change of its settings asks for anew.
+APPROVE_HELP = """Approve a run, exactly as it was asked for.
+
+A change of its settings asks for another approval.
 
 \b
 Examples:
@@ -66,12 +72,23 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 # Hidden: described in the help's text, where Typer 0.20 under click 8.5 would lose its line.
 Folder = Annotated[Path, typer.Argument(metavar="DIR", hidden=True)]
 Run = Annotated[str, typer.Argument(metavar="RUN", hidden=True)]
-Why = Annotated[str, typer.Option(metavar="TEXT", help="The reason, for the record.")]
+
+
+def reason(text: str) -> str:
+    """A reason that says something: it stands in the ledger for good."""
+    from fedmed.errors import require
+
+    require(bool(text.strip()), "--why", repr(text), "a reason in words, for the record")
+    return text
+
+
+Why = Annotated[str, typer.Option(metavar="TEXT", help="The reason, for the record.", callback=reason)]
 By = Annotated[str | None, typer.Option(metavar="NAME", help="Who decides; else this account's name.")]
 
 
 def add_commands(root: typer.Typer) -> None:
     """Add this side's commands to the root command."""
+    add_data_commands(app)
     root.add_typer(app, name="site")
 
 
@@ -158,7 +175,7 @@ def approve(folder: Folder, run: Run, why: Why = "no reason given", by: By = Non
 def refuse(
     folder: Folder,
     run: Run,
-    why: Annotated[str, typer.Option(metavar="TEXT", help="The reason, for the record.")],
+    why: Why,
     by: By = None,
 ) -> None:
     """Write the refusal into the ledger."""

@@ -167,7 +167,9 @@ def _make(path: Path, contents: dict[str, bytes]) -> None:
     elif path.exists() or path.is_symlink():
         raise SiteError(f"{path}: is no folder; expected a new or an empty one")
     elif not path.absolute().parent.is_dir():
-        raise SiteError(f"{path}: no folder '{path.parent}' to make it in")
+        raise SiteError(
+            f"{path}: no folder '{path.parent}' to make it in; run: mkdir -p {shlex.quote(str(path.parent))}"
+        )
     inside = path.is_dir()
     draft = (path if inside else path.absolute().parent) / f".site-{secrets.token_hex(8)}"
     made: list[Path] = []

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from flwr.app import RecordDict
 
 from clients import site as local_site
-from clients.asked import model_name, not_private, run_epsilon
+from clients.asked import not_private, run_epsilon
 from clients.folder import LEDGER, SiteFolder
 from clients.policy import ANY
 from clients.refusal import Refusal, Rule
@@ -322,14 +322,16 @@ class Guard:
             ) from None
 
     def _check_promised(self, instruction: Instruction, purpose: str, event: str) -> None:
-        """Return if what is about to run is what the run's promise was charged for.
+        """Return if what is about to run is what the run's promise was charged for, on the patients it is charged to.
 
         Raises:
-            BudgetError: it is another mechanism, or nothing was promised.
+            BudgetError: it is another mechanism or cohort, or nothing was promised.
         """
         self.ledger.refresh()
         held = self.ledger.account.holds.get((instruction.run_id, purpose))
-        if instruction.round < 1 or held is None or held.event != event:
+        # site.yaml may name another cohort, and its patients, than when the run was promised its budget.
+        promised = held is not None and (held.event, held.cohort) == (event, self.folder.policy.cohort)
+        if instruction.round < 1 or not promised:
             raise BudgetError(f"run '{instruction.run_id}': not the {purpose} that was promised")
 
     @contextlib.contextmanager
@@ -382,14 +384,16 @@ def _receipt(instruction: Instruction, site: str, noise_draws: int) -> Receipt:
 
 
 def _what(instruction: Instruction, site: str) -> dict[str, Any]:
-    """What a person is asked to approve: declared values, and a digest of all of them."""
+    """What a person is asked to approve: declared values, and a digest of all that stay the same over the rounds."""
     plan = local_site.own_plan(instruction, site)
     groups = ("task", "model", "adapter", "privacy", "training")
-    whole = {name: to_dict(getattr(instruction, name)) for name in groups} | {"plan": to_dict(plan)}
+    whole = {name: to_dict(getattr(instruction, name)) for name in groups} | {
+        "plan": to_dict(plan), "seed": instruction.seed, "proximal_mu": instruction.proximal_mu
+    }  # fmt: skip
     reason = not_private(instruction)
     return {
         "task": instruction.task.title,
-        "model": model_name(instruction.model),
+        "model": instruction.model.name,
         "adapter": instruction.adapter.kind,
         "rounds": plan.rounds,
         "epsilon": None if reason else run_epsilon(instruction, site, plan),

@@ -3,6 +3,7 @@
 import contextlib
 import getpass
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from clients.cli import By, Why
 from fedmed.cli.privacy import app as privacy
 
 if TYPE_CHECKING:
@@ -22,8 +24,6 @@ Site = Annotated[
     Path,
     typer.Option("--site", envvar="FEDMED_SITE", metavar="DIR", help="The site's folder; else FEDMED_SITE."),
 ]
-By = Annotated[str | None, typer.Option(metavar="NAME", help="Who decides; else this account's name.")]
-Why = Annotated[str, typer.Option(metavar="TEXT", help="The reason, for the record.")]
 HERE = Path()
 
 COHORT_HELP = """Name the groups of patients who share one budget.
@@ -33,7 +33,9 @@ Examples:
   fedmed privacy cohort add default --declared-size 1200 --site /srv/fedmed
 """
 
-ADD_HELP = """Add a cohort: patients who share one budget, over all runs and all later versions of their data.
+ADD_HELP = """Add a cohort: patients who share one budget for good.
+
+They share it over all runs, and over all later versions of their data.
 
 The declared size is a public number, such as a published yearly count: nobody counts records for it.
 
@@ -69,14 +71,16 @@ Examples:
   fedmed privacy refund 3f1c… --why "power cut before training" --site /srv/fedmed
 """
 
-RETURN_HELP = """Give back what a run was promised and never used: of a run that will not go on.
+RETURN_HELP = """Give back what a run was promised and will never use.
 
 \b
 Examples:
   fedmed privacy return demo-1f2e3d4c5b6a --why "the coordinator gave it up" --site /srv/fedmed
 """
 
-VERIFY_HELP = """Check every entry of the ledger: hashes, order, signatures, sums, and the receipts that went out.
+VERIFY_HELP = """Check every entry of the ledger, and the receipts sent out.
+
+Hashes, order, signatures and sums are computed anew.
 
 Exit codes: 0 nothing is wrong, 1 an entry is wrong (the first is named), 2 it cannot be read.
 
@@ -87,7 +91,9 @@ Examples:
   fedmed privacy verify --site /srv/fedmed --json
 """
 
-REPORT_HELP = """Say what was allowed, spent, promised and released, and who decided it; for the officer to sign.
+REPORT_HELP = """Report what was allowed, spent and released, to be signed.
+
+What is still promised, and who decided what, stands there too.
 
 Every entry is checked first; a ledger in which one is wrong is not reported on (exit code 1).
 
@@ -117,12 +123,24 @@ def opened(folder: Path) -> Iterator["Guard"]:
     from clients.guard import Guard
     from fedmed.privacy.ledger import Ledger
 
-    site = SiteFolder.open(folder)
+    site = SiteFolder.open(named(folder))
     ledger = Ledger(site.path / LEDGER, site)
     try:
         yield Guard(site, ledger)
     finally:
         ledger.close()
+
+
+def named(folder: Path) -> Path:
+    """The site's folder; refused where nobody named one and the shell's folder is none."""
+    from clients.folder import POLICY
+    from fedmed.errors import ConfigError
+
+    if folder == HERE and not (folder / POLICY).exists():
+        raise ConfigError(
+            "--site: none named, and this folder is no site; add --site DIR, or set FEDMED_SITE"
+        )
+    return folder
 
 
 def person(by: str | None) -> str:
@@ -181,10 +199,10 @@ def set_budget(
             f"at most epsilon_total={most.epsilon_total:g} of site.yaml",
         )
         require(
-            delta is None or delta <= most.delta_total,
+            delta is None or 0 < delta <= most.delta_total,
             "--delta",
             delta,
-            f"at most delta_total={most.delta_total:g} of site.yaml",
+            f"above 0, at most delta_total={most.delta_total:g} of site.yaml",
         )
         made = guard.ledger.set_budget(name, epsilon=epsilon, delta=delta, by=person(by), why=why)
         charges = guard.ledger.account.cohort(name).charges
@@ -236,7 +254,7 @@ def verify_command(
     from clients.folder import LEDGER, SiteFolder, verify
     from fedmed.privacy.verify import verify as verify_ledger
 
-    folder = SiteFolder.open(site)
+    folder = SiteFolder.open(named(site))
     heads = [head for path in receipts or [] for head in _heads(path, folder.policy.name)]
 
     def progress(done: int, total: int) -> None:
@@ -275,9 +293,15 @@ def _heads(path: Path, site: str) -> list[str]:
     file = path / "receipts.jsonl" if path.is_dir() else path
     try:
         entries = [json.loads(line) for line in file.read_text().splitlines()]
-        return [entry["head"] for entry in entries if entry["site"] == site]
+        heads = [entry["head"] for entry in entries if entry["site"] == site]
+        if not all(isinstance(head, str) for head in heads):
+            raise TypeError("a head is a hash")
+        return heads
     except OSError as error:
-        raise ConfigError(f"--receipts {path}: cannot be read ({error.strerror})") from None
+        raise ConfigError(
+            f"--receipts {path}: cannot be read ({error.strerror}); expected a run's folder, e.g. "
+            "runs/20261122-101500-demo"
+        ) from None
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"--receipts {path}: is no receipts.jsonl of a run") from None
 
@@ -297,6 +321,9 @@ def report(
     from fedmed.report.officer import write_statement
     from fedmed.report.officer_text import as_text
 
+    # os.path: a name that is too long is no folder, and raises nothing.
+    if html is not None and os.path.isdir(html):
+        raise ConfigError(f"--html {html}: is a folder; expected a file, e.g. {html / 'statement.html'}")
     if html is not None and not html.absolute().parent.is_dir():
         raise ConfigError(f"--html {html}: no folder '{html.parent}' to write it to")
     with opened(site) as guard:

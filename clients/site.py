@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import zlib
 from functools import lru_cache
 
@@ -9,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmed.config import parse
-from fedmed.data.table import read_site, version_of
+from fedmed.data.dataset import SiteDataset
+from fedmed.data.readers import read_site, version_of
 from fedmed.errors import ConfigError
 from fedmed.metrics import ScoreCounts
 from fedmed.models.build import build
@@ -20,7 +22,10 @@ from fedmed.privacy.plan import PrivacyPlan, declared_delta
 from fedmed.privacy.randomness import RandomSource, operating_system, seeded
 from fedmed.records import Arrays, Instruction, Quote
 from fedmed.schema import to_dict
+from fedmed.task import TaskConfig
 from fedmed.training import LocalData, LocalUpdate, local_parts, logits, one_thread, patient_logits, train
+
+log = logging.getLogger("fedmed.site")
 
 
 def quote(instruction: Instruction, site: str) -> Quote:
@@ -30,7 +35,7 @@ def quote(instruction: Instruction, site: str) -> Quote:
         FedmedError: the model is not the pinned one, or the plan is not the one that was declared.
     """
     plan = own_plan(instruction, site)
-    if instruction.model.kind == "text":
+    if instruction.model.pretrained:
         _check_model(json.dumps(to_dict(instruction.model)))
     private = not (instruction.privacy.seeded or instruction.task.declare == "from_data")
     # Refuses what is not worth its epsilon.
@@ -86,14 +91,14 @@ def load(instruction: Instruction) -> None:
 
 
 def pseudonyms(instruction: Instruction, site: str, split_key: bytes) -> tuple[bytes, ...]:
-    """The keyed hashes of all patients of the site's table; none where it has no patient column. They never leave."""
-    return _pseudonyms(*_key(instruction), site, split_key)
+    """The keyed hashes of all patients of the site's data; none where it names no patients. They never leave."""
+    return _pseudonyms(*_key(instruction, site), site, split_key)
 
 
 @lru_cache(maxsize=16)
 def _pseudonyms(key: str, version: tuple[int, ...], site: str, split_key: bytes) -> tuple[bytes, ...]:
     del version
-    return read_site(parse("task", json.loads(key)["task"]), site, seed=0, key=split_key).pseudonyms
+    return _read(parse("task", json.loads(key)["task"]), site, 0, split_key).pseudonyms
 
 
 def work(
@@ -108,7 +113,7 @@ def work(
     plan = own_plan(instruction, site)
     if instruction.round < 1:
         raise ConfigError(f"round={instruction.round}: expected >= 1; round 0 trains nothing")
-    training, _ = _parts(*_key(instruction), site, instruction.seed, split_key)
+    training, _ = _parts(*_key(instruction, site), site, instruction.seed, split_key)
     return train(
         _model(instruction),
         training,
@@ -132,7 +137,7 @@ def score(
     own_plan(instruction, site)
     if instruction.privacy.metrics != "exact":
         raise ConfigError(f"privacy.metrics={instruction.privacy.metrics}: expected exact for exact counts")
-    _, test = _parts(*_key(instruction), site, instruction.seed, split_key)
+    _, test = _parts(*_key(instruction, site), site, instruction.seed, split_key)
     return ScoreCounts.of(logits(_model(instruction), test, arrays), test.labels.numpy())
 
 
@@ -154,7 +159,7 @@ def private_score(
     asked = plan, _digest(instruction, arrays)
     key = instruction.run_id, site
     if key not in _drawn:
-        _, test = _parts(*_key(instruction), site, instruction.seed, split_key)
+        _, test = _parts(*_key(instruction, site), site, instruction.seed, split_key)
         found = patient_logits(_model(instruction), test, arrays).astype(np.float64)
         probabilities = 1 / (1 + np.exp(-np.clip(found, -700, 700)))
         counts = plan.count(probabilities, test.labels.numpy(), test.records_of)
@@ -171,7 +176,7 @@ _drawn: dict[tuple[str, str], tuple[tuple[HistogramPlan, str], NDArray[np.float6
 
 def _digest(instruction: Instruction, arrays: Arrays) -> str:
     """What a histogram depends on besides the records."""
-    digest = hashlib.sha256(f"{_key(instruction)[0]} {instruction.seed}".encode())
+    digest = hashlib.sha256(f"{_configuration(instruction)} {instruction.seed}".encode())
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].shape} {arrays[name].dtype}".encode() + arrays[name].tobytes())
     return digest.hexdigest()
@@ -191,11 +196,15 @@ def _model(instruction: Instruction) -> Classifier:
     return model
 
 
-def _key(instruction: Instruction) -> tuple[str, tuple[int, ...]]:
-    """What prepared records depend on: the configuration, and the file as it is now. A patient who was taken
+def _key(instruction: Instruction, site: str) -> tuple[str, tuple[int, ...]]:
+    """What prepared records depend on: the configuration, and the data as it is now. A patient who was taken
     out of it takes part no more."""
+    return _configuration(instruction), version_of(instruction.task, site)
+
+
+def _configuration(instruction: Instruction) -> str:
     parts = {name: to_dict(getattr(instruction, name)) for name in ("task", "model", "adapter")}
-    return json.dumps(parts), version_of(instruction.task.path)
+    return json.dumps(parts)
 
 
 @lru_cache(maxsize=64)
@@ -203,9 +212,7 @@ def _parts(
     key: str, version: tuple[int, ...], site: str, seed: int, split_key: bytes | None
 ) -> tuple[LocalData, LocalData]:
     task = parse("task", json.loads(key)["task"])
-    return local_parts(
-        _prepared(key, version, site, split_key), read_site(task, site, seed=seed, key=split_key)
-    )
+    return local_parts(_prepared(key, version, site, split_key), _read(task, site, seed, split_key))
 
 
 @lru_cache(maxsize=16)
@@ -215,7 +222,17 @@ def _prepared(key: str, version: tuple[int, ...], site: str, split_key: bytes | 
     del version
     parts = json.loads(key)
     task, model, adapter = (parse(name, parts[name]) for name in ("task", "model", "adapter"))
-    return build(task, model, adapter).prepare(read_site(task, site, seed=0, key=split_key))
+    return build(task, model, adapter).prepare(_read(task, site, 0, split_key))
+
+
+def _read(task: TaskConfig, site: str, seed: int, split_key: bytes | None) -> SiteDataset:
+    # Whether there is anyone to train on is data: a site with a folder of its own then answers with noise.
+    data = read_site(task, site, seed=seed, key=split_key, maybe_empty=split_key is not None)
+    if data.test.all() or not data.test.any():
+        log.warning(
+            "no usable patient to train on, or none to hold out: does the run's declaration fit the table?"
+        )
+    return data
 
 
 @lru_cache(maxsize=8)

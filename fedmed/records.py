@@ -21,17 +21,16 @@ from fedmed.config import (
     AdapterConfig,
     PrivacyConfig,
     RunConfig,
-    TabularModelConfig,
-    TextModelConfig,
     TrainingConfig,
     parse,
 )
 from fedmed.errors import ConfigError, RunError, require
 from fedmed.metrics import CELLS, ScoreCounts
+from fedmed.model import ModelConfig
 from fedmed.privacy.histogram import HistogramPlan
 from fedmed.privacy.plan import PrivacyPlan
 from fedmed.schema import from_dict, to_dict, type_in_words
-from fedmed.task import TableTaskConfig
+from fedmed.task import TaskConfig
 
 PROTOCOL = 1
 Arrays = dict[str, NDArray[np.float32]]
@@ -45,8 +44,8 @@ class Instruction:
     round: int
     seed: int
     proximal_mu: float
-    task: TableTaskConfig
-    model: TextModelConfig | TabularModelConfig
+    task: TaskConfig
+    model: ModelConfig
     adapter: AdapterConfig
     privacy: PrivacyConfig
     training: TrainingConfig

@@ -1,7 +1,7 @@
 """What is learned: labels, columns, the privacy unit, the public sizes of the sites."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from fedmed.errors import ConfigError, require
 from fedmed.schema import check_finite, from_dict
@@ -73,6 +73,11 @@ class ColumnConfig:
 class TableTaskConfig:
     """A binary outcome in a table, one row a record, federated by a column."""
 
+    # Whether the data itself says which records are one patient's; of a table a column may.
+    knows_patients: ClassVar[bool] = False
+    # What can propose its declaration, where something can.
+    propose: ClassVar[str] = ", or propose them with: fedmed task describe FILE"
+
     kind: str = "table"
     title: str = ""
     # A CSV file, or "pkg://package/file" for one that a Python package carries.
@@ -113,22 +118,12 @@ class TableTaskConfig:
         require(
             self.declare in ("declared", "from_data"), "task.declare", self.declare, "declared or from_data"
         )
-        require(self.split in ("hash", "shuffle"), "task.split", self.split, "hash or shuffle")
-        require(
-            self.split == "hash" or self.public_benchmark,
-            "task.split",
-            self.split,
-            "hash, unless task.public_benchmark=true: a seeded shuffle depends on who else is in the data",
-        )
-        require(0 < self.test_fraction < 1, "task.test_fraction", self.test_fraction, "between 0 and 1")
-        for site, size in self.declared_sizes.items():
-            require(1 <= size <= 10**9, f"task.declared_sizes.{site}", size, "1 to 1,000,000,000")
-        require(
-            bool(self.positive) and bool(self.negative) and not set(self.positive) & set(self.negative),
-            "task.positive/negative",
-            (self.positive, self.negative),
-            "two lists with no value in common",
-        )
+        _check_public(self)
+
+    @property
+    def sites_from(self) -> str:
+        """Where the sites of the data are named, in words."""
+        return f"column '{self.site_column}'"
 
     @property
     def unit(self) -> str:
@@ -137,11 +132,128 @@ class TableTaskConfig:
 
     def declared_train(self, site: str) -> int:
         """The declared size of a site's training part: a public constant, never a count."""
-        return max(1, round((1 - self.test_fraction) * self.declared_sizes[site]))
+        return _training_part(self.declared_sizes[site], self.test_fraction)
 
     def declared_held_out(self, site: str) -> int:
         """The declared size of a site's test part."""
         return self.declared_sizes[site] - self.declared_train(site)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTaskConfig:
+    """A binary outcome in images that were ingested from DICOM: a folder a site, several images a patient."""
+
+    # DICOM has patient ids, and ingestion leaves out what has none.
+    knows_patients: ClassVar[bool] = True
+    patient_column: ClassVar[None] = None
+    propose: ClassVar[str] = ""
+
+    kind: str = "image"
+    title: str = ""
+    # A folder that holds one ingested folder for each site, by the site's name; or, of a single site, that folder.
+    path: str | None = None
+    # Classes of the labels' table.
+    positive: list[str] = field(default_factory=lambda: ["1"])
+    negative: list[str] = field(default_factory=lambda: ["0"])
+    # Images of other modalities are left out.
+    modalities: list[str] = field(default_factory=lambda: ["CR", "DX", "CT", "MR", "US", "MG"])
+    # An image is resampled to at most this many pixels a side and padded with black to a square.
+    image_size: int = 64
+    # Evenly spaced frames of a clip, or slices of a volume, as channels; 1: the middle one.
+    slices: int = 1
+    # Public number of patients of each site; its keys are the sites of the run.
+    declared_sizes: dict[str, int] = field(default_factory=dict)
+    # Public maximum of images a patient: further ones are left out. null: no maximum.
+    images_per_patient: int | None = None
+    # Public number of images of each site. Empty: images_per_patient for every patient. Read with `unit: image`.
+    declared_images: dict[str, int] = field(default_factory=dict)
+    # Whose gradient is clipped and whom epsilon protects. "image" protects a patient with several images less than
+    # it says: on public benchmarks alone, to compare with.
+    unit: str = "patient"
+    declare: str = "declared"
+    test_fraction: float = 0.34
+    # "hash": a keyed hash of the patient's pseudonym, the key stays at the site; "shuffle": by `seed`, for public
+    # benchmarks. Either way all images of a patient fall on one side.
+    split: str = "hash"
+    # A published or synthetic benchmark: its default delta is 1e-4.
+    public_benchmark: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.kind == "image", "task.kind", self.kind, "image")
+        require(
+            bool(self.path), "task.path", self.path, "the folder of ingested data, e.g. task.path=ingested"
+        )
+        require(
+            bool(self.modalities) and all(self.modalities),
+            "task.modalities",
+            self.modalities,
+            "e.g. [CR, DX]",
+        )
+        require(16 <= self.image_size <= 1024, "task.image_size", self.image_size, "16 to 1024")
+        require(1 <= self.slices <= 64, "task.slices", self.slices, "1 to 64")
+        most = self.images_per_patient
+        require(most is None or 1 <= most <= 10_000, "task.images_per_patient", most, "1 to 10,000, or null")
+        require(self.unit in ("patient", "image"), "task.unit", self.unit, "patient or image")
+        require(
+            self.unit == "patient" or self.public_benchmark,
+            "task.unit",
+            self.unit,
+            "patient, unless task.public_benchmark=true: an epsilon for one image is none for a patient with several",
+        )
+        require(self.declare == "declared", "task.declare", self.declare, "declared")
+        for site in self.declared_sizes:
+            # A site's name is the name of its folder.
+            plain = site not in ("", ".", "..") and "/" not in site and "\0" not in site
+            require(plain, "task.declared_sizes", site, "names of folders, without '/'")
+        for site, images in self.declared_images.items():
+            require(1 <= images <= 10**9, f"task.declared_images.{site}", images, "1 to 1,000,000,000")
+        _check_public(self)
+
+    @property
+    def sites_from(self) -> str:
+        """Where the sites of the data are named, in words."""
+        return f"folder '{self.path}'"
+
+    def declared_train(self, site: str) -> int:
+        """The declared size of a site's training part, in units: a public constant, never a count."""
+        return _training_part(self._declared(site), self.test_fraction)
+
+    def declared_held_out(self, site: str) -> int:
+        """The declared size of a site's test part, in units."""
+        return self._declared(site) - self.declared_train(site)
+
+    def _declared(self, site: str) -> int:
+        patients = self.declared_sizes[site]
+        if self.unit == "patient":
+            return patients
+        return self.declared_images.get(site, patients * (self.images_per_patient or 1))
+
+
+TaskConfig = TableTaskConfig | ImageTaskConfig
+
+
+def _check_public(task: TaskConfig) -> None:
+    """What holds for a task of every kind: classes, split and public sizes."""
+    require(task.split in ("hash", "shuffle"), "task.split", task.split, "hash or shuffle")
+    require(
+        task.split == "hash" or task.public_benchmark,
+        "task.split",
+        task.split,
+        "hash, unless task.public_benchmark=true: a seeded shuffle depends on who else is in the data",
+    )
+    require(0 < task.test_fraction < 1, "task.test_fraction", task.test_fraction, "between 0 and 1")
+    for site, size in task.declared_sizes.items():
+        require(1 <= size <= 10**9, f"task.declared_sizes.{site}", size, "1 to 1,000,000,000")
+    require(
+        bool(task.positive) and bool(task.negative) and not set(task.positive) & set(task.negative),
+        "task.positive/negative",
+        (task.positive, task.negative),
+        "two lists with no value in common",
+    )
+
+
+def _training_part(size: int, test_fraction: float) -> int:
+    return max(1, round((1 - test_fraction) * size))
 
 
 def _column(name: str, column: Any) -> ColumnConfig:

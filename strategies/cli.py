@@ -143,7 +143,7 @@ def _check(config: "RunConfig", *, records: bool = True) -> list[str]:
     Returns:
         What a person should know of the data: one sentence for each reason that left records out.
     """
-    from fedmed.data.table import read_site, sites_in
+    from fedmed.data.readers import check_site, sites_in
     from fedmed.errors import ConfigError
     from fedmed.models.loading import check_digest, locate
     from fedmed.privacy.histogram import metrics_plans
@@ -156,21 +156,21 @@ def _check(config: "RunConfig", *, records: bool = True) -> list[str]:
         # Only a site itself opens its data, and not before its policy and its budget allow it.
         records = False
     if not config.task.declared_sizes:
-        # The column's values are not listed: of a mistyped column they might be patient ids.
-        found = "" if config.federation.sites else f" has {len(sites_in(config.task))} values"
+        # Their names are not listed: of a mistyped column they might be patient ids.
+        found = "" if config.federation.sites else f" names {len(sites_in(config.task))} sites"
         raise ConfigError(
-            f"task.declared_sizes: none declared; column '{config.task.site_column}'{found}; declare a "
-            f"public number of {config.task.unit}s for each site, e.g. 'task.declared_sizes={{A: 100, B: 80}}', or "
-            "propose them with: fedmed task describe FILE"
+            f"task.declared_sizes: none declared; {config.task.sites_from}{found}; declare a "
+            f"public number of {config.task.unit}s for each site, e.g. 'task.declared_sizes={{A: 100, B: 80}}'"
+            f"{config.task.propose}"
         )
-    if config.model.kind == "text":
+    if config.model.pretrained:
         check_digest(config.model, locate(config.model))
     warnings = []
     for site in config.task.declared_sizes:
         make_plan(config, site)
         if not records:
             continue
-        manifest = read_site(config.task, site, seed=config.seed).manifest
+        manifest = check_site(config.task, site, seed=config.seed)
         warnings += [f"site '{site}': {warning}" for warning in manifest.warnings]
         left_out = manifest.quarantined.items()
         warnings += [f"site '{site}': {count} record(s) left out: {reason}" for reason, count in left_out]

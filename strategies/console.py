@@ -16,6 +16,7 @@ from rich.progress import (
 from rich.table import Table
 
 from fedmed.privacy.accounting import round_up
+from fedmed.report.units import unit_sentence, unit_table, units_compared
 
 
 def plain_console() -> Console:
@@ -104,6 +105,19 @@ class RunConsole:
         self._console.print(table)
         for line in footnotes(summary):
             self.say(line, style="bold red" if line.startswith("NOT PRIVATE") else "")
+        comparison = units_compared(summary)
+        if comparison is not None:
+            self._console.print(_units(comparison))
+            self.say(unit_sentence(comparison))
+
+
+def _units(compared: dict[str, Any]) -> Table:
+    table = Table(title="patient-level against image-level clipping", box=box.SIMPLE_HEAD)
+    for name in ("clipped and\nsampled", "AUC*", "epsilon (PLD)\nfor one image", "epsilon (PLD)\nfor a patient"):
+        table.add_column(name, justify="left" if name.startswith("clipped") else "right")
+    for row in unit_table(compared):
+        table.add_row(*row)
+    return table
 
 
 def footnotes(summary: dict[str, Any]) -> list[str]:

@@ -1,5 +1,6 @@
 """FedAdam, FedYogi and FedAdagrad: adaptive steps at the coordinator (Reddi et al. 2021, algorithm 2)."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import numpy as np
@@ -11,7 +12,7 @@ from strategies.base import Arrays, State, Update, mean_delta, moved
 Values = NDArray[np.float64]
 
 
-class FedOpt:
+class FedOpt(ABC):
     """x + rate * m / (sqrt(v) + tau), where m averages the changes and `second_moment` gives v."""
 
     def __init__(self, config: StrategyConfig) -> None:
@@ -20,9 +21,9 @@ class FedOpt:
         self._v: State = {}
         self._rounds = 0
 
+    @abstractmethod
     def second_moment(self, v: Values, squared: Values) -> Values:
         """The next v from the last one and the squared mean change."""
-        raise NotImplementedError
 
     def rate(self) -> float:
         """The step size of this round."""

@@ -8,9 +8,7 @@ from typing import Any
 import numpy as np
 
 from fedmed.config import RunConfig
-from fedmed.data.dataset import Manifest, SiteDataset
-from fedmed.data.sentences import synthetic_sentences
-from fedmed.data.table import feature_names
+from fedmed.data.readers import made_up
 from fedmed.models.build import build
 from fedmed.privacy.plan import PrivacyPlan, check_sampler, make_plan
 from fedmed.privacy.randomness import seeded
@@ -52,7 +50,7 @@ def _measure(config: RunConfig, plan: PrivacyPlan) -> tuple[float, float]:
     expected = max(1, math.ceil(plan.expected_batch))
     # Preparing is linear in the records: a sample of them is enough.
     records = min(plan.declared_size, max(expected, 32))
-    data = _made_up(config, records)
+    data = made_up(config.task, records)
     model = build(config.task, config.model, config.adapter)
     began = time.perf_counter()
     training, _ = local_parts(model.prepare(data), data)
@@ -66,19 +64,3 @@ def _measure(config: RunConfig, plan: PrivacyPlan) -> tuple[float, float]:
         train(model, training, arrays, plan=one_step, training=config.training, source=seeded(index))
         seconds.append(time.perf_counter() - began)
     return prepare, float(np.median(seconds))
-
-
-def _made_up(config: RunConfig, records: int) -> SiteDataset:
-    draws = np.random.default_rng(0)
-    width = len(feature_names(config.task))
-    return SiteDataset(
-        site="made up",
-        features=draws.uniform(-0.5, 0.5, size=(records, width)).astype(np.float32),
-        texts=synthetic_sentences(config.task, records),
-        labels=draws.integers(0, 2, size=records).astype(np.float32),
-        patients=np.arange(records),
-        test=np.zeros(records, dtype=bool),
-        manifest=Manifest(
-            content_sha256="", reader="made up", records=records, patients=records, positives=0
-        ),
-    )

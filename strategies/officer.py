@@ -9,7 +9,9 @@ import typer
 if TYPE_CHECKING:
     from strategies.joint import Share
 
-SWEEP_HELP = """Say what a sweep has cost each site: the composition of all its jobs, winners and losers.
+SWEEP_HELP = """Say what a sweep has cost each site, all jobs together.
+
+That is the composition of all its jobs, winners and losers.
 
 DIR is a sweep's folder (sweeps/TIME). Every round that was sent counts, also of jobs that failed or never ended, and
 private metrics that were asked for. RDP charges the rounds that were sent. PLD stands beside it for the same rounds;

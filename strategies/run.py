@@ -12,8 +12,7 @@ from flwr.serverapp import Grid
 
 from fedmed.atomic import write_json
 from fedmed.config import RunConfig
-from fedmed.errors import ConfigError, Interrupted, RunError
-from fedmed.metrics import ScoreCounts
+from fedmed.errors import ConfigError, Interrupted
 from fedmed.models.build import build as build_model
 from fedmed.models.classifier import Classifier
 from fedmed.models.export import export, write_card
@@ -28,9 +27,10 @@ from fedmed.training import one_thread
 from strategies.console import RunConsole
 from strategies.evaluation import evaluate_released, final_figures
 from strategies.folder import Progress, RunFolder
+from strategies.references import train_references
 from strategies.rounds import Loop
 from strategies.sites import Sites
-from strategies.summary import scores, summarise
+from strategies.summary import summarise
 
 log = logging.getLogger("fedmed.coordinator")
 
@@ -76,7 +76,7 @@ def run(config: RunConfig, grid: Grid) -> Path:
             final = Instruction.of(config, plans, run_id=run_id, round=progress.round)
             test = evaluate_released(config, sites, folder, final, released)
             tracker.log(final_figures(config, plans, test), progress.round)
-            references = _references(config, sites, plans, model, console) if config.reference else None
+            references = train_references(config, sites, plans, model, console) if config.reference else None
             export(model, released, config, folder.path / "adapter")
             seconds = {
                 "total": round(progress.total_seconds + time.monotonic() - trained, 2),
@@ -217,33 +217,6 @@ def _last_round(config: RunConfig, interrupted: int, progress: Progress, console
         "them at a larger epsilon"
     )
     return max(progress.round, config.rounds - interrupted)
-
-
-def _references(
-    config: RunConfig, sites: Sites, plans: dict[str, PrivacyPlan], model: Classifier, console: RunConsole
-) -> dict[str, Any]:
-    """What each site would reach alone, under the same plan, and what all would reach without privacy."""
-    console.say("references: each site alone, and all sites without privacy")
-    alone: dict[str, ScoreCounts] = {}
-    for site, plan in plans.items():
-        loop = Loop(config, sites, {site: plan}, "local-only", score_rounds=False)
-        try:
-            progress = loop.run(Progress(round=0, arrays=model.initialise(config.seed)), until=config.rounds)
-        except RunError as error:
-            console.warn(f"no reference of '{site}' alone: {error}")
-            continue
-        last = Instruction.of(config, {site: plan}, run_id="local-only", round=config.rounds)
-        alone |= sites.evaluate(last, loop.released(progress), [site])
-    references = {"local_only": {"private": config.private, **scores(alone)}}
-    if config.privacy.kind == "dp":
-        open_config = dataclasses.replace(config, privacy=dataclasses.replace(config.privacy, kind="off"))
-        open_plans = {site: dataclasses.replace(plan, noise_multiplier=0.0) for site, plan in plans.items()}
-        loop = Loop(open_config, sites, open_plans, "non-private", score_rounds=False)
-        progress = loop.run(Progress(round=0, arrays=model.initialise(config.seed)), until=config.rounds)
-        last = Instruction.of(open_config, open_plans, run_id="non-private", round=config.rounds)
-        test = sites.evaluate(last, loop.released(progress), open_plans)
-        references["non_private"] = {"private": False, **scores(test)}
-    return references
 
 
 def _tracked(entry: dict[str, Any]) -> dict[str, float]:

@@ -156,7 +156,7 @@ def summarise(
         "version": version("fedmed"),
         "seed": config.seed,
         "task": config.task.title,
-        "model": _model_name(config),
+        "model": config.model.in_words,
         "adapter": config.adapter.kind,
         "strategy": config.strategy.kind,
         "test": dict(test),
@@ -172,10 +172,3 @@ def summarise(
         "artifacts": {"report": "report.html", "card": "MODEL_CARD.md", "adapter": "adapter"},
         "mlflow": mlflow,
     }
-
-
-def _model_name(config: RunConfig) -> str:
-    if config.model.kind == "text":
-        source = config.model.package or config.model.path
-        return f"{source} (sha256 {config.model.sha256[:12]})"
-    return f"mlp with {config.model.hidden} hidden units" if config.model.hidden else "logistic regression"

@@ -17,7 +17,8 @@ Examples:
   fedmed run experiment=demo
   fedmed plan privacy.epsilon=1
   fedmed task describe patients.csv --site-column hospital --label outcome
-  fedmed privacy audit
+  fedmed site init sites/mercy --name mercy
+  fedmed privacy report --site sites/mercy
 """
 
 LONGEST = 1000
@@ -25,6 +26,8 @@ LONGEST = 1000
 
 def build_app() -> typer.Typer:
     """The whole command, with what the coordinator's and the sites' side add by entry points."""
+    # Typer 0.20 would show its marks as `\[required]`: it escapes them for rich, which does not print this help.
+    typer.core.HAS_RICH = False
     # Typer's own tracebacks print local variables, which may hold data.
     app = typer.Typer(help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
     from fedmed.cli.privacy import app as privacy
@@ -59,7 +62,9 @@ def main() -> None:
         sys.exit(2)
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
-        _fail(f"{error.format_message()} See: {context.command_path if context else 'fedmed'} --help", code=2)
+        # Typer and click both append their suggestion.
+        message = re.sub(r"( Did you mean [^?]*\?)\1", r"\1", error.format_message())
+        _fail(f"{message} See: {context.command_path if context else 'fedmed'} --help", code=2)
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted; nothing was kept", code=130)
     except BrokenPipeError:

@@ -1,4 +1,4 @@
-"""`fedmed privacy`: what holds the code against its claims. Heavy imports wait until a command runs."""
+"""`fedmed privacy audit`: what holds the code against its claims. Heavy imports wait until a command runs."""
 
 import json
 import sys
@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from fedmed.privacy.audit import Audit
     from fedmed.privacy.checks import Check
 
-PRIVACY_HELP = """Hold the code against its privacy claims.
+PRIVACY_HELP = """Set budgets, read and check a site's ledger, audit the code.
 
 \b
 Examples:
+  fedmed privacy budget set default --epsilon 6 --why "board of 3 May" --site /srv/fedmed
+  fedmed privacy report --site /srv/fedmed
+  fedmed privacy verify --site /srv/fedmed --receipts runs/20261122-101500-demo
   fedmed privacy audit
-  fedmed privacy audit --epsilon 1 --delta 1e-5
 """
 
 AUDIT_HELP = """Audit the installed DP-SGD with made-up patients.
@@ -43,7 +45,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 @app.callback(help=PRIVACY_HELP)
 def privacy() -> None:
-    """Hold the code against its claims."""
+    """What a privacy officer does."""
 
 
 @app.command("audit", help=AUDIT_HELP)

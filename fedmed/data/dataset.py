@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmed.errors import DataError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
@@ -27,11 +29,12 @@ class SiteDataset:
     Attributes:
         features: (records, features) float32, scaled by declared ranges.
         texts: one sentence a record, or empty where the task has none.
+        images: (records, channels, size, size) float32 from 0 (black) to 1 (white), or empty.
         labels: (records,) float32 of 0 and 1.
         patients: (records,) int64, the same number for all records of a patient.
         test: (records,) bool; all records of a patient fall on one side.
         pseudonyms: a keyed hash for each patient, by `patients`' number, where the reader was given a key and the
-            table names patients. They stay at the site.
+            data names patients. They stay at the site.
     """
 
     site: str
@@ -41,8 +44,31 @@ class SiteDataset:
     patients: NDArray[np.int64]
     test: NDArray[np.bool_]
     manifest: Manifest
+    images: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0, 0, 0), dtype=np.float32))
     pseudonyms: tuple[bytes, ...] = field(default=(), repr=False)
 
     def part(self, *, test: bool) -> NDArray[np.int64]:
         """The indices of the test or the training records."""
         return np.flatnonzero(self.test if test else ~self.test)
+
+
+def check_parts(
+    site: str, labels: NDArray[np.float32], test: NDArray[np.bool_], *, units: str, maybe_empty: bool
+) -> list[str]:
+    """What should be known of a site's training and test part.
+
+    Args:
+        labels: (records,) 0 or 1.
+        units: how many of what the site has in all, e.g. "3 usable patients".
+        maybe_empty: a part may be without records, as in `read_site`.
+
+    Raises:
+        DataError: one of the parts has no record.
+    """
+    warnings = []
+    for part, mask in (("training", ~test), ("test", test)):
+        if len(set(labels[mask].tolist())) == 1:
+            warnings.append(f"{part} part has one class")
+        if not (mask.any() or maybe_empty):
+            raise DataError(f"site '{site}' has no {part} record; it has {units} in all")
+    return warnings

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmed.errors import DataError
+from fedmed.task import TaskConfig
 
 KEY_BYTES = 32
 
@@ -28,11 +29,30 @@ def hash_split(patient_ids: list[str], *, fraction: float, key: bytes) -> NDArra
     return np.array([int.from_bytes(draw) / 2**64 < fraction for draw in draws], dtype=bool)
 
 
+def pseudonym(key: bytes, patient_id: str) -> bytes:
+    """16 bytes that only the holder of the key can make of a patient's id, and nobody can read back."""
+    return hmac.digest(key, b"fedmed patient\0" + patient_id.encode(), "sha256")[:16]
+
+
 def shuffle_split(patients: int, *, fraction: float, seed: int) -> NDArray[np.bool_]:
     """Hold out the first `fraction` of the patients after a seeded shuffle: public benchmarks only."""
     test = np.zeros(patients, dtype=bool)
     test[np.random.default_rng(seed).permutation(patients)[: round(fraction * patients)]] = True
     return test
+
+
+def held_out(
+    task: TaskConfig, site: str, names: list[str], *, seed: int, key: bytes | None
+) -> NDArray[np.bool_]:
+    """(patients,) bool: which of a site's patients, by their ids, the task's split holds out.
+
+    Args:
+        seed: of a `split: shuffle`.
+        key: of a `split: hash`; None: that of `site_key`.
+    """
+    if task.split == "shuffle":
+        return shuffle_split(len(names), fraction=task.test_fraction, seed=seed)
+    return hash_split(names, fraction=task.test_fraction, key=site_key(site) if key is None else key)
 
 
 def fedmed_home() -> Path:

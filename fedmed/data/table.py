@@ -6,7 +6,6 @@ with a reason code; no message holds a cell's value.
 """
 
 import hashlib
-import hmac
 import importlib.resources
 import io
 import re
@@ -20,9 +19,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fedmed.data.dataset import Manifest, SiteDataset
-from fedmed.data.sentences import bounds, category_phrase, numeric_phrase, sentence
-from fedmed.data.split import hash_split, shuffle_split, site_key
+from fedmed.data.dataset import Manifest, SiteDataset, check_parts
+from fedmed.data.sentences import bounds, category_phrase, numeric_phrase, sentence, synthetic_sentences
+from fedmed.data.split import held_out, pseudonym
 from fedmed.errors import DataError, nearest
 from fedmed.task import ColumnConfig, TableTaskConfig
 
@@ -45,16 +44,17 @@ def locate(path: str) -> Path:
         raise DataError(f"task.path={path}: no installed package '{package}'") from None
 
 
-def version_of(path: str | None) -> tuple[int, ...]:
-    """What changes when a file is written or replaced: its inode, size and time.
+def version_of(task: TableTaskConfig, site: str) -> tuple[int, ...]:
+    """What changes when the file is written or replaced: its inode, size and time.
 
     Raises:
         DataError: no such file.
     """
+    del site
     try:
-        status = locate(path or "").stat()
+        status = locate(task.path or "").stat()
     except OSError:
-        raise DataError(f"task.path={path}: no such file") from None
+        raise DataError(f"task.path={task.path}: no such file") from None
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -133,12 +133,16 @@ class _Column:
     refused: NDArray[np.bool_]
 
 
-def read_site(task: TableTaskConfig, site: str, *, seed: int, key: bytes | None = None) -> SiteDataset:
+def read_site(
+    task: TableTaskConfig, site: str, *, seed: int, key: bytes | None = None, maybe_empty: bool = False
+) -> SiteDataset:
     """The records of one site.
 
     Args:
         seed: of a `split: shuffle` (public benchmarks); a `hash` split uses the site's own key.
         key: of a `split: hash`, where the site keeps its key in a folder of its own; None: that of `site_key`.
+        maybe_empty: read a site without a usable record, or with none in one part, like any other. Where the reply is
+            private it must not tell: a declaration that leaves one patient's records would ask for that patient.
 
     Raises:
         DataError: a declared column is missing, or the site has no usable record to train or to test on.
@@ -164,7 +168,7 @@ def read_site(task: TableTaskConfig, site: str, *, seed: int, key: bytes | None 
         if task.blanks == "drop":
             refuse(parsed.empty, f"{name}: blank")
     reasons = Counter({reason: count for reason, count in reasons.items() if count})
-    if not usable.any():
+    if not (usable.any() or maybe_empty):
         listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "no row names it"
         raise DataError(
             f"site '{site}' has no usable record ({listed}); check task.site_column and the declaration"
@@ -175,29 +179,18 @@ def read_site(task: TableTaskConfig, site: str, *, seed: int, key: bytes | None 
     names = list(dict.fromkeys(ids))
     codes = {name: code for code, name in enumerate(names)}
     patients = np.array([codes[name] for name in ids], dtype=np.int64)
-    if task.split == "hash":
-        secret = site_key(site) if key is None else key
-        held_out = hash_split(names, fraction=task.test_fraction, key=secret)
-    else:
-        held_out = shuffle_split(len(names), fraction=task.test_fraction, seed=seed)
-    positive = labels.iloc[keep].isin(task.positive).to_numpy()
-    test = held_out[patients]
-    warnings = []
-    for part, mask in (("training", ~test), ("test", test)):
-        if len(set(positive[mask])) == 1:
-            warnings.append(f"{part} part has one class")
-        if not mask.any():
-            raise DataError(
-                f"site '{site}' has no {part} record; it has {len(names)} usable {task.unit}s in all"
-            )
+    positive = labels.iloc[keep].isin(task.positive).to_numpy(dtype=bool).astype(np.float32)
+    test = held_out(task, site, names, seed=seed, key=key)[patients]
+    units = f"{len(names)} usable {task.unit}s"
+    warnings = check_parts(site, positive, test, units=units, maybe_empty=maybe_empty)
     return SiteDataset(
         site=site,
         features=_features(task, columns, keep),
         texts=[sentence(task, (column.phrases[row] for column in columns.values())) for row in keep],
-        labels=positive.astype(np.float32),
+        labels=positive,
         patients=patients,
         test=test,
-        pseudonyms=_pseudonyms(task, names, key),
+        pseudonyms=tuple(pseudonym(key, name) for name in names) if key and task.patient_column else (),
         manifest=Manifest(
             content_sha256=digest,
             reader=READER,
@@ -210,11 +203,16 @@ def read_site(task: TableTaskConfig, site: str, *, seed: int, key: bytes | None 
     )
 
 
-def _pseudonyms(task: TableTaskConfig, names: list[str], key: bytes | None) -> tuple[bytes, ...]:
-    """16 bytes for each patient that only the holder of the key can make, and nobody can read back."""
-    if key is None or task.patient_column is None:
-        return ()
-    return tuple(hmac.digest(key, b"fedmed patient\0" + name.encode(), "sha256")[:16] for name in names)
+def check_site(task: TableTaskConfig, site: str, *, seed: int) -> Manifest:
+    """What `read_site` says of the data, or refuses."""
+    return read_site(task, site, seed=seed).manifest
+
+
+def made_up(task: TableTaskConfig, records: int) -> dict[str, Any]:
+    """Features and sentences of no patient: to time a step with."""
+    shape = (records, len(feature_names(task)))
+    features = np.random.default_rng(0).uniform(-0.5, 0.5, size=shape).astype(np.float32)
+    return {"features": features, "texts": synthetic_sentences(task, records)}
 
 
 def _record_ids(rows: pd.DataFrame) -> pd.Series:

@@ -1,1 +1,1 @@
-"""DICOM: reading it, cleaning it, writing it. Needs the extra `dicom`; nothing here imports torch."""
+"""DICOM files in, arrays ready to train on out: reading pixels, geometry, de-identification, ingestion."""

@@ -1,11 +1,20 @@
 """The network that a configuration describes. Built once a process and kept: a warm site."""
 
 import json
+from collections.abc import Callable
 from functools import lru_cache
 
 from fedmed.config import parse
 from fedmed.models.classifier import Classifier, TabularClassifier, TextClassifier
+from fedmed.models.cnn import CnnClassifier
 from fedmed.schema import to_dict
+
+# By the kind of the model's configuration.
+NETWORKS: dict[str, Callable[..., Classifier]] = {
+    "tabular": TabularClassifier,
+    "text": TextClassifier,
+    "cnn": CnnClassifier,
+}
 
 
 def build(task: object, model: object, adapter: object) -> Classifier:
@@ -26,9 +35,7 @@ def _build(task_json: str, model_json: str, adapter_json: str) -> Classifier:
     task = parse("task", json.loads(task_json))
     model = parse("model", json.loads(model_json))
     adapter = parse("adapter", json.loads(adapter_json))
-    built: Classifier = (
-        TabularClassifier(task, model) if model.kind == "tabular" else TextClassifier(task, model, adapter)
-    )
+    built = NETWORKS[model.kind](task, model, adapter)
     # Training changes the adapter in place; `initialise` goes back to these copies.
     built.built = {name: p.detach().clone() for name, p in built.adapter().items()}
     return built

@@ -1,23 +1,27 @@
-"""The two networks a task can be learned with: an encoder with a linear head, and a tabular one.
+"""What every network is to the rest of fedmed, and the two that read tables: an encoder with a head, a tabular one.
 
-Both map a batch of named tensors to one logit a record, and both know how to turn a site's records into
-such a batch, once.
+They map a batch of named tensors to one logit a record, and know how to turn a site's records into such a batch,
+once.
 """
 
+import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedmed.config import AdapterConfig, TabularModelConfig, TextModelConfig
+from fedmed.config import AdapterConfig
 from fedmed.data.dataset import SiteDataset
 from fedmed.data.sentences import synthetic_sentences
 from fedmed.data.table import feature_names
+from fedmed.model import TabularModelConfig, TextModelConfig
 from fedmed.models.adapters import add_adapter
 from fedmed.models.loading import load_encoder
 from fedmed.models.prefix import capture, first_trainable_block, replayed, transformer_blocks
+from fedmed.models.row_linear import RowLinear
 from fedmed.task import TableTaskConfig
 
 Batch = dict[str, Tensor]
@@ -49,19 +53,29 @@ class Classifier(nn.Module):
     def initialise(self, seed: int) -> Arrays:
         """Set the adapter to where a run with this seed starts, and return copies of its arrays.
 
-        Random matrices (LoRA's A, a hidden layer) are drawn by NumPy, so that all sites hold the same frozen A
+        Random matrices (those that are `drawn`) are drawn by NumPy, so that all sites hold the same frozen A
         of `ffa_lora` without sending it. The bound 1 / sqrt(fan in) is PyTorch's and PEFT's.
         """
         draws = np.random.default_rng([seed, 1])
         with torch.no_grad():
             for name, parameter in sorted(self.named_parameters()):
-                if "lora_A" in name or name.startswith("hidden."):
-                    fan_in = parameter.shape[-1]
+                if self.drawn(name, parameter):
+                    fan_in = parameter[0].numel() if parameter.dim() > 1 else len(parameter)
                     values = draws.uniform(-1, 1, size=tuple(parameter.shape)) * fan_in**-0.5
                     parameter.copy_(torch.from_numpy(values.astype(np.float32)))
                 elif name in self.built:
                     parameter.copy_(self.built[name])
         return {name: p.detach().numpy().copy() for name, p in self.adapter().items()}
+
+    def drawn(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether a parameter starts at random rather than as it was built: LoRA's A."""
+        del parameter
+        return "lora_A" in name
+
+    def inputs(self, task: Any) -> dict[str, object]:
+        """What adapter.json says of the network's input."""
+        del task
+        return {}
 
     def training_mode(self) -> None:
         """Train what is trainable; everything frozen stays in eval(), so that dropout and statistics are off."""
@@ -74,14 +88,16 @@ class Classifier(nn.Module):
 class TabularClassifier(Classifier):
     """Logistic regression, or one hidden tanh layer (bounded activations suit clipping: Papernot et al. 2021)."""
 
-    def __init__(self, task: TableTaskConfig, model: TabularModelConfig) -> None:
+    def __init__(self, task: TableTaskConfig, model: TabularModelConfig, adapter: AdapterConfig) -> None:
         super().__init__()
+        # Head and hidden layer are trained under either kind.
+        del adapter
         width = len(feature_names(task))
         self.hidden: nn.Module = nn.Identity()
         if model.hidden:
             self.hidden = nn.Sequential(nn.Linear(width, model.hidden), nn.Tanh())
-        self.head = nn.Linear(model.hidden or width, 1)
-        _zero(self.head)
+        self.head = RowLinear(model.hidden or width, 1)
+        zero(self.head)
 
     def prepare(self, data: SiteDataset) -> Batch:
         return {"features": torch.from_numpy(data.features)}
@@ -89,6 +105,14 @@ class TabularClassifier(Classifier):
     def forward(self, features: Tensor) -> Tensor:
         """(records,) logits of (records, features)."""
         return self.head(self.hidden(features)).squeeze(-1)
+
+    def drawn(self, name: str, parameter: nn.Parameter) -> bool:
+        """The hidden layer."""
+        del parameter
+        return name.startswith("hidden.")
+
+    def inputs(self, task: TableTaskConfig) -> dict[str, object]:
+        return {"features": feature_names(task)}
 
 
 class TextClassifier(Classifier):
@@ -111,8 +135,8 @@ class TextClassifier(Classifier):
         self.register_buffer("mean", mean)
         self.register_buffer("projection", projection)
         self.encoder = add_adapter(encoder, adapter)
-        self.head = nn.Linear(projection.shape[1], 1)
-        _zero(self.head)
+        self.head = RowLinear(projection.shape[1], 1)
+        zero(self.head)
         blocks = transformer_blocks(self.encoder)[1]
         cut = first_trainable_block(self.encoder)
         self.head_only = cut == len(blocks) and adapter.kind == "head"
@@ -141,6 +165,10 @@ class TextClassifier(Classifier):
     @torch.no_grad()
     def prepare(self, data: SiteDataset) -> Batch:
         self.eval()
+        if not data.texts:
+            # Of a site without a usable record: tensors of no record, shaped like any others.
+            some = dataclasses.replace(data, texts=["-"])
+            return {name: tensor[:0] for name, tensor in self.prepare(some).items()}
         inputs = self.tokenize(data.texts)
         if self.head_only:
             return {"features": (self.pooled(data.texts) - self.mean) @ self.projection}
@@ -229,6 +257,7 @@ def select(batch: Mapping[str, Tensor], indices: Tensor) -> Batch:
     return {name: tensor[indices] for name, tensor in batch.items()}
 
 
-def _zero(head: nn.Linear) -> None:
+def zero(head: nn.Linear) -> None:
+    """Start a head where it says nothing."""
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)

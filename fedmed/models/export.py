@@ -13,7 +13,7 @@ from safetensors.torch import save as save_torch
 from fedmed.atomic import write_bytes, write_json
 from fedmed.config import RunConfig
 from fedmed.data.sentences import synthetic_sentences
-from fedmed.data.table import feature_names
+from fedmed.models import cnn
 from fedmed.models.classifier import Classifier, TextClassifier
 from fedmed.privacy.accounting import round_up
 from fedmed.schema import to_dict
@@ -25,7 +25,8 @@ def export(model: Classifier, arrays: Arrays, config: RunConfig, folder: Path) -
 
     LoRA kinds: a PEFT adapter (`adapter_model.safetensors`, `adapter_config.json`) and `head.safetensors`
     with the head on the encoder's plain pooled output, so that nothing of fedmed is needed to use it.
-    Others: `adapter.safetensors` by parameter name. All: `adapter.json` with what it belongs to.
+    Others: `adapter.safetensors` by parameter name. Of a network that is not pretrained, what is frozen in it came from
+    the seed alone: `frozen.safetensors`. All: `adapter.json` with what it belongs to.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model.initialise(config.seed)
@@ -42,8 +43,7 @@ def export(model: Classifier, arrays: Arrays, config: RunConfig, folder: Path) -
         head = {"weight": weight.contiguous(), "bias": bias.contiguous()}
         write_bytes(folder / "head.safetensors", save_torch(head))
         described["head"] = "logit = weight @ pooled + bias, on the encoder's plain pooled output"
-    else:
-        described["features"] = feature_names(config.task)
+    described |= model.inputs(config.task)
     if config.adapter.kind in ("lora", "ffa_lora"):
         assert isinstance(model, TextClassifier)
         peft: Any = model.encoder
@@ -56,6 +56,9 @@ def export(model: Classifier, arrays: Arrays, config: RunConfig, folder: Path) -
     else:
         contiguous = {name: np.asarray(values, order="C") for name, values in arrays.items()}
         write_bytes(folder / "adapter.safetensors", save(contiguous))
+    frozen = {name: p.detach().contiguous() for name, p in model.named_parameters() if not p.requires_grad}
+    if frozen and not config.model.pretrained:
+        write_bytes(folder / "frozen.safetensors", save_torch(frozen))
     write_json(folder / "adapter.json", described)
 
 
@@ -76,6 +79,11 @@ def write_card(summary: dict[str, Any], config: RunConfig, path: Path) -> None:
         summary=summary,
         config=config,
         lora="lora" in config.adapter.kind,
-        example=synthetic_sentences(config.task, 1)[0],
+        frozen=not config.model.pretrained and (path.parent / "adapter" / "frozen.safetensors").exists(),
+        widths=cnn.WIDTHS,
+        groups=cnn.GROUPS,
+        middle=cnn.MIDDLE,
+        scale=cnn.SCALE,
+        example=synthetic_sentences(config.task, 1)[0] if config.model.kind == "text" else "",
     )
     write_bytes(path, text.encode())

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fedmed.config import TextModelConfig
 from fedmed.errors import ModelError
+from fedmed.model import TextModelConfig
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 

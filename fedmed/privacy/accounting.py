@@ -109,9 +109,13 @@ def round_up(epsilon: float, digits: int = 2) -> float:
 
 def belief_in_words(epsilon: float, unit: str) -> str:
     """Epsilon as what an attacker can learn: from even odds to at most e^epsilon / (1 + e^epsilon)."""
+    percent, article = belief_percent(epsilon), "an" if unit == "image" else "a"
+    return f"Someone half sure that {article} {unit} took part can become at most {percent:g}% sure (up to delta)."
+
+
+def belief_percent(epsilon: float) -> float:
+    """e^epsilon / (1 + e^epsilon) in percent, rounded up: never less than the bound."""
     # Written so that a large epsilon does not overflow.
     odds = 100 / (1 + math.exp(-epsilon))
-    # Rounded up: never less than the bound.
     scale = 10 if odds < 99 else 100
-    percent = math.ceil(odds * scale) / scale
-    return f"Someone half sure that a {unit} took part can become at most {percent:g}% sure (up to delta)."
+    return math.ceil(odds * scale) / scale

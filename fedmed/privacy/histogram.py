@@ -15,16 +15,14 @@ from fedmed.errors import PrivacyError, require
 from fedmed.privacy.accounting import calibrate_noise, epsilon_of
 from fedmed.privacy.events import to_json
 from fedmed.privacy.expected_error import ASSUMED_AUC, expected_auc_error
+from fedmed.privacy.gaussian import SIGMA_CELLS
 from fedmed.privacy.plan import PrivacyPlan, declared_delta
 from fedmed.privacy.randomness import RandomSource
 from fedmed.private_metrics import bin_edges
-from fedmed.task import TableTaskConfig
+from fedmed.task import TaskConfig
 
 MOST_BINS = 20
 LARGEST_AUC_ERROR = 0.05
-# Counts are whole and the noise is rounded to this grid, so that their float64 sum is exact: what leaves is a function
-# of the count plus rounded noise, and low bits tell nothing more (Mironov 2012).
-GRID = 2.0**-10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +41,8 @@ class HistogramPlan:
     delta: float
 
     def __post_init__(self) -> None:
-        require(self.unit in ("patient", "record"), "histogram.unit", self.unit, "patient or record")
+        units = ("patient", "record", "image")
+        require(self.unit in units, "histogram.unit", self.unit, "patient, record or image")
         noise = self.noise_multiplier
         require(0 <= noise < math.inf, "histogram.noise_multiplier", noise, ">= 0")
         require(self.bins >= 2, "histogram.bins", self.bins, ">= 2")
@@ -102,13 +101,21 @@ class HistogramPlan:
     def release(self, counts: NDArray[np.int64], source: RandomSource) -> NDArray[np.float64]:
         """(2, bins) float64: every cell plus Gaussian noise of its own, also the empty ones.
 
+        A patient is a whole number of the noise's cells, rounded down: the noise is never less than the plan's, and
+        more by at most a share of `noise_multiplier` / 2^20. The sum is one of integers, so that it is the ideal
+        Gaussian mechanism, randomly rounded, as in `fedmed.privacy.gaussian`. Noise that is scaled and rounded before
+        it is added has values of unlike weight: low bits would then tell counts apart (Mironov 2012).
+
         It is charged when it is called: whoever calls keeps the answer and never asks again.
         """
-        draws = source.normal(counts.size).reshape(counts.shape)
-        return counts + np.rint(self.noise_multiplier * draws / GRID) * GRID
+        if self.noise_multiplier == 0:
+            return counts.astype(np.float64)
+        patient = max(1, math.floor(SIGMA_CELLS / self.noise_multiplier))
+        noise = np.rint(source.normal(counts.size) * SIGMA_CELLS).astype(np.int64)
+        return (counts * patient + noise.reshape(counts.shape)) / patient
 
 
-def metrics_plans(task: TableTaskConfig, privacy: PrivacyConfig) -> dict[str, HistogramPlan]:
+def metrics_plans(task: TaskConfig, privacy: PrivacyConfig) -> dict[str, HistogramPlan]:
     """The histogram plan of each site, from declared values alone; none unless `privacy.metrics=private`.
 
     Raises:
@@ -128,7 +135,7 @@ def metrics_plans(task: TableTaskConfig, privacy: PrivacyConfig) -> dict[str, Hi
     return plans
 
 
-def expected_error(task: TableTaskConfig, privacy: PrivacyConfig, plans: Iterable[HistogramPlan]) -> float:
+def expected_error(task: TaskConfig, privacy: PrivacyConfig, plans: Iterable[HistogramPlan]) -> float:
     """`expected_auc_error` of these plans together, at the declared sizes and prevalence."""
     return _error(task, privacy, noise=math.hypot(*(plan.noise_multiplier for plan in plans)))
 
@@ -165,7 +172,7 @@ def run_events(
     return [event for site, plan in plans.items() for event in site_events(plan, histograms.get(site))]
 
 
-def _plans(task: TableTaskConfig, privacy: PrivacyConfig, epsilon: float) -> dict[str, HistogramPlan]:
+def _plans(task: TaskConfig, privacy: PrivacyConfig, epsilon: float) -> dict[str, HistogramPlan]:
     plans = {}
     for site in task.declared_sizes:
         plan = HistogramPlan(
@@ -179,11 +186,11 @@ def _plans(task: TableTaskConfig, privacy: PrivacyConfig, epsilon: float) -> dic
     return plans
 
 
-def _held_out(task: TableTaskConfig) -> int:
+def _held_out(task: TaskConfig) -> int:
     return sum(task.declared_held_out(site) for site in task.declared_sizes)
 
 
-def _error(task: TableTaskConfig, privacy: PrivacyConfig, *, noise: float) -> float:
+def _error(task: TaskConfig, privacy: PrivacyConfig, *, noise: float) -> float:
     return expected_auc_error(
         held_out=_held_out(task),
         bins=privacy.metrics_bins,
@@ -193,7 +200,7 @@ def _error(task: TableTaskConfig, privacy: PrivacyConfig, *, noise: float) -> fl
     )
 
 
-def _what_would_help(task: TableTaskConfig, privacy: PrivacyConfig, plans: Iterable[HistogramPlan]) -> str:
+def _what_would_help(task: TaskConfig, privacy: PrivacyConfig, plans: Iterable[HistogramPlan]) -> str:
     general = "more sites, a larger task.test_fraction or another privacy.metrics_bins may help"
     noise = math.hypot(*(plan.noise_multiplier for plan in plans))
     for epsilon in (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0):

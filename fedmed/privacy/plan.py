@@ -15,7 +15,7 @@ from fedmed.privacy.accounting import NUMERICAL_SHARE, calibrate_noise, composed
 from fedmed.privacy.gaussian import SAMPLER_ERROR
 from fedmed.privacy.grid import Grid
 from fedmed.privacy.randomness import RandomSource
-from fedmed.task import TableTaskConfig
+from fedmed.task import TaskConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,8 @@ class PrivacyPlan:
     delta: float
 
     def __post_init__(self) -> None:
-        require(self.unit in ("patient", "record"), "plan.unit", self.unit, "patient or record")
+        units = ("patient", "record", "image")
+        require(self.unit in units, "plan.unit", self.unit, "patient, record or image")
         require(self.declared_size >= 1, "plan.declared_size", self.declared_size, ">= 1")
         require(0 < self.sample_rate <= 1, "plan.sample_rate", self.sample_rate, "0 < rate <= 1")
         require(0 <= self.noise_multiplier < math.inf, "plan.noise_multiplier", self.noise_multiplier, ">= 0")
@@ -50,9 +51,9 @@ class PrivacyPlan:
     def adjacency(self) -> str:
         """The neighbouring relation, in words."""
         return (
-            "add or remove one record"
-            if self.unit == "record"
-            else "add or remove one patient with all of its records"
+            "add or remove one patient with all of its records"
+            if self.unit == "patient"
+            else f"add or remove one {self.unit}"
         )
 
     @property
@@ -169,7 +170,7 @@ def check_sampler(plans: Iterable[PrivacyPlan], *, parameters: int) -> None:
         )
 
 
-def declared_delta(task: TableTaskConfig, privacy: PrivacyConfig, site: str) -> float:
+def declared_delta(task: TaskConfig, privacy: PrivacyConfig, site: str) -> float:
     """The delta of a site: what is declared, else by the site's declared size (privacy.md, rule 15)."""
     if privacy.delta is not None:
         return privacy.delta

@@ -9,6 +9,7 @@ from typing import Any
 from fedmed.atomic import write_bytes
 from fedmed.errors import PrivacyError
 from fedmed.report import page, plots
+from fedmed.report.units import auc_text, belief, bound_text, cost_sentence, units_compared
 
 
 def write_report(summary: dict[str, Any], history: list[dict[str, Any]], path: Path) -> None:
@@ -33,6 +34,7 @@ def write_report(summary: dict[str, Any], history: list[dict[str, Any]], path: P
     runs = _runs(summary)
     environment = page.environment()
     environment.filters |= {"figure": figure_text}
+    environment.filters |= {"auc": auc_text, "bound": bound_text, "belief": belief, "cost": cost_sentence}
     environment.filters |= {"private_rows": private_rows, "shown": lambda value: f"{value:.3f}"}
     figures = plots.draw(privacy, history, runs, claim=claim(privacy) if privacy["private"] else "")
     text = environment.get_template("report.html.j2").render(
@@ -44,6 +46,7 @@ def write_report(summary: dict[str, Any], history: list[dict[str, Any]], path: P
         runs=runs,
         answered={site: _answered(site, history) for site in privacy["sites"]},
         claim=lambda delta=None: claim(privacy, delta),
+        compared=units_compared(summary),
         mlflow=shlex.quote(summary["mlflow"]["uri"]) if summary["mlflow"] else None,
     )
     write_bytes(path, text.encode())
@@ -93,7 +96,7 @@ def private_rows(test: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float]
 def _runs(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The federated result first, then the references that there are, by the name of their column."""
     references = summary["references"] or {}
-    names = {"local_only": "local only", "non_private": "non-private"}
+    names = {"local_only": "local only", "non_private": "non-private", "image_level": "image-level"}
     found = {title: references[key] for key, title in names.items() if references.get(key)}
     return {"federated": summary["test"], **found}
 

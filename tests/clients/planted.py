@@ -1,14 +1,20 @@
 """Data full of canaries, one planter for each kind of task, and the search for them in whatever left a site."""
 
 import base64
+import contextlib
 import csv
+import dataclasses
 import hashlib
 import io
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+from fedmed.dicom.store import StoredImage, write_store
+from tests.stores import images, settings
 
 MARK = "zxqcanary"
 HASH = hashlib.sha256(MARK.encode()).hexdigest()
@@ -76,8 +82,63 @@ def table(folder: Path) -> Planted:
     return made
 
 
+@dataclass
+class PlantedImages:
+    """As `Planted`, of ingested images: the store of site a lies in the folder `path`."""
+
+    path: Path
+    settings: list[str]
+    images: list[StoredImage]
+    more: set[str] = field(default_factory=set)
+
+    def write(self) -> None:
+        """Write the images as they are now."""
+        write_store(self.path / "a", images=self.images)
+        self.remember()
+
+    def remember(self) -> None:
+        """Whoever knows the digest of a file, or a pseudonym, can test a guess."""
+        for file in (self.path / "a").iterdir():
+            if file.is_file():
+                self.more.add(hashlib.sha256(file.read_bytes()).hexdigest())
+        manifest = self.path / "a" / "manifest.json"
+        if manifest.exists():
+            with contextlib.suppress(ValueError, KeyError):
+                self.more.add(json.loads(manifest.read_text())["content_sha256"])
+
+    def put(self, *, only: int | None = None, **values: str) -> None:
+        """Put values into every image, or into the first few."""
+        for index, image in enumerate(self.images[:only]):
+            self.images[index] = dataclasses.replace(image, **values)
+        self.write()
+
+    @property
+    def canaries(self) -> set[bytes]:
+        """What is searched for, in lower case."""
+        return {text.lower().encode() for text in {MARK, HASH, *self.more}}
+
+
+def ingested(folder: Path) -> PlantedImages:
+    """Forty patients' images: labels, manufacturers, the folder's name and the ids behind the pseudonyms."""
+    path = folder / f"{MARK}-ingested"
+    made = images(patients=40, most=2, key=bytes(32), name=ID, seed=7)
+    planted = [dataclasses.replace(image, manufacturer=f"{MARK} scanners", year=HASH) for image in made]
+    for index in range(0, 6, 2):
+        # Left out by its label, which names the patient.
+        planted[index] = dataclasses.replace(planted[index], label=f"{MARK} Ada {index}")
+    # The title that the sites of the tests list.
+    options = settings(
+        path, "task.title=a small table", "task.declared_sizes={a: 600, b: 600}", *PRIVATE_METRICS
+    )
+    found = PlantedImages(path, options, planted)
+    found.more = {image.patient for image in planted}
+    found.write()
+    return found
+
+
+PRIVATE_METRICS = ["privacy.metrics=private", "privacy.metrics_epsilon=8"]
 # A kind of task that is registered and not here fails the suite.
-PLANTERS: dict[str, Callable[[Path], Planted]] = {"table": table}
+PLANTERS: dict[str, Callable[[Path], Planted | PlantedImages]] = {"table": table, "image": ingested}
 
 
 def forms(canary: bytes) -> Iterator[bytes]:

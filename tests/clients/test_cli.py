@@ -5,45 +5,17 @@ import os
 import re
 import subprocess
 import sys
-from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 import yaml
 
-import clients.cli
-import fedmed.cli.main
 from clients.folder import SiteFolder
 from clients.policy import Policy
 from tests.clients.test_policy_file import fields
 
 ROOT = Path(__file__).parent.parent.parent
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """`fedmed`, with the commands of this checkout, whichever is installed."""
-    entry = EntryPoint("site", "clients.cli:add_commands", "fedmed.commands")
-    monkeypatch.setattr(fedmed.cli.main, "entry_points", lambda group: [entry] if group else [])
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fedmed", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            fedmed.cli.main.main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return run
-
-
-def test_the_commands_are_registered() -> None:
-    import tomllib
-
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["entry-points"]["fedmed.commands"]["site"] == "clients.cli:add_commands"
-    assert isinstance(clients.cli.app, typer.Typer)
 
 
 def test_init_and_policy(command: Any, tmp_path: Path) -> None:

@@ -288,6 +288,23 @@ def test_changed_settings_need_a_new_approval(tmp_path: Path, data: Path) -> Non
     assert trained(site, asked).has_error()
 
 
+@pytest.mark.parametrize("change", [{"seed": 1}, {"proximal_mu": 0.5}])
+def test_an_approval_covers_every_setting_that_changes_what_is_trained(
+    change: dict[str, Any], tmp_path: Path, data: Path, opened: list[str]
+) -> None:
+    """The seed of a shuffled split says who is held out, and so whose scores leave exactly."""
+    site = make_site(tmp_path / "a", "a", held_out="exact", budget=30).path
+    asked = instruction(settings(data, "privacy.metrics=exact"))
+    quoted(site, asked)
+    decide(site)
+    assert quoted(site, asked).waiting is None
+    changed = dataclasses.replace(asked, **change)
+    for kind in (MessageType.TRAIN, MessageType.EVALUATE):
+        assert ask(site, kind, changed, start(changed)).error.reason == "site-failed"
+    assert quoted(site, changed).waiting
+    assert opened == []
+
+
 def test_nobody_trains_without_an_approval(tmp_path: Path, data: Path, opened: list[str]) -> None:
     site = make_site(tmp_path / "a", "a", held_out="none", budget=30, needs_approval=True).path
     asked = instruction(settings(data))
@@ -352,7 +369,8 @@ def test_exact_metrics_that_nobody_approved_do_not_leave(
 
 VIOLATIONS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "another task": ("task", {"tasks": ("Sepsis",)}, ()),
-    "another model": ("model", {"tabular_models": ("mlp",)}, ()),
+    "another model": ("model", {"scratch_models": ("mlp",)}, ()),
+    "patients moved by others": ("split", {}, ("task.public_benchmark=true", "task.split=shuffle")),
     "too costly": ("epsilon", {"epsilon_per_run": 1.0}, ()),
     "metrics make it too costly": ("epsilon", {"epsilon_per_run": 5.0}, PRIVATE_METRICS),
     "too many steps": ("steps", {"max_steps": 5}, ()),
@@ -595,6 +613,26 @@ def test_replies_leave_on_a_grid_whether_they_are_answers_or_failures(tmp_path: 
         trained(site, request)
         late = (time.monotonic() - began) % 0.4
         assert min(late, 0.4 - late) < 0.1
+
+
+def test_a_run_does_not_spend_one_cohort_s_budget_on_another_one_s_patients(
+    tmp_path: Path, data: Path, opened: list[str]
+) -> None:
+    """Its officer has named other data, and another cohort, since the run was promised its budget."""
+    site = make_site(tmp_path / "a", "a", held_out="private", budget=60).path
+    asked = instruction(settings(data, *PRIVATE_METRICS))
+    assert quoted(site, asked).refusal is None
+    with ledger_of(site) as ledger:
+        ledger.add_cohort("children", declared_size=600, by="officer")
+    other = table(tmp_path / "children.csv")
+    change_policy(
+        site, **{**GENEROUS, "data": str(other), "cohort": "children", "metrics": {"held_out": "private"}}
+    )
+    open_guard.cache_clear()
+    for kind in (MessageType.TRAIN, MessageType.EVALUATE):
+        assert ask(site, kind, asked, start(asked)).error.reason == "site-failed"
+    assert opened == []
+    assert states(site) == ["hold", "hold"]
 
 
 def test_metrics_with_less_noise_than_was_promised_are_not_drawn(tmp_path: Path, data: Path) -> None:

@@ -3,32 +3,14 @@
 import json
 import re
 import sqlite3
-import sys
-from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import fedmed.cli.main
 from clients.folder import LEDGER, SiteFolder
 from fedmed.privacy.ledger import Ledger
 from tests.fedmed.privacy.test_statement import rounds
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    entry = EntryPoint("privacy", "clients.officer:add_commands", "fedmed.commands")
-    monkeypatch.setattr(fedmed.cli.main, "entry_points", lambda group: [entry] if group else [])
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fedmed", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            fedmed.cli.main.main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return run
 
 
 @pytest.fixture
@@ -86,6 +68,10 @@ def test_a_page_that_cannot_be_written_is_said(command: Any, site: Path, tmp_pat
     assert (code, out) == (2, "")
     assert "no folder" in err
     code, _, err = command("privacy", "report", "--site", site, "--html", site)
+    assert code == 2
+    assert "is a folder" in err
+    # A name that is too long for any disk.
+    code, _, err = command("privacy", "report", "--site", site, "--html", tmp_path / ("s" * 300))
     assert code == 2
     assert "cannot be written" in err
 

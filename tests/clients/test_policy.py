@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from clients.asked import model_name, not_private, shown, task_digest
+from clients.asked import not_private, shown, task_digest
 from clients.policy import Policy
 from clients.refusal import Refusal, Rule
 from fedmed.compose import compose
@@ -55,6 +55,8 @@ def refusal(policy: Policy, instruction: Instruction, site: str = SITE) -> Refus
 
 
 NOISE = ("privacy.epsilon=null", "privacy.noise_multiplier=0.8")
+# No setting of the site's allows it.
+SHUFFLED = ("task.public_benchmark=true", "task.split=shuffle")
 OWN = "a task that this site lists by its digest, or its own choice in site.yaml"
 # The rule, the site's policy, the run's settings, what the text says was asked and is allowed.
 CASES: list[tuple[Rule, dict[str, Any], tuple[str, ...], str, str]] = [
@@ -62,8 +64,8 @@ CASES: list[tuple[Rule, dict[str, Any], tuple[str, ...], str, str]] = [
     (Rule.TASK, {"tasks": ("Sepsis 2",)}, (), f"'{TITLE}'", "one that this site lists"),
     (Rule.DATA, {"data": None}, (), "of the run's choice", OWN),
     (Rule.PATIENT_COLUMN, {"patient_column": None}, (), "the column that the run names", OWN),
-    (Rule.MODEL, {"tabular_models": ("mlp",)}, (), "'logistic'", "one that this site lists"),
-    (Rule.MODEL, {"tabular_models": ("logistic",)}, ("model=mlp",), "'mlp'", "one that this site lists"),
+    (Rule.MODEL, {"scratch_models": ("mlp",)}, (), "'logistic'", "one that this site lists"),
+    (Rule.MODEL, {"scratch_models": ("logistic",)}, ("model=mlp",), "'mlp'", "one that this site lists"),
     (Rule.ADAPTER, {"adapters": ("lora", "ffa_lora")}, (), "head", "lora or ffa_lora"),
     (Rule.ADAPTER, {"adapters": ()}, (), "head", "none"),
     (Rule.NON_PRIVATE, {"non_private": False}, ("privacy=off",), "privacy=off", "private runs only"),
@@ -138,6 +140,7 @@ def test_a_plan_that_is_not_the_declared_one_is_a_refusal_too(name: str) -> None
 def refusals() -> Iterator[Refusal]:
     for _, changes, overrides, *_ in CASES:
         yield refusal(policy(**changes), asked(*overrides))
+    yield refusal(policy(), asked(*SHUFFLED))
     for instruction in PLANS.values():
         yield refusal(policy(), instruction)
     for metric in ("held_out", "training"):
@@ -174,7 +177,7 @@ def test_every_rule_is_checked_and_the_first_broken_one_is_told() -> None:
         for key in breaks[refused.rule]:
             del strict[key]
     policy().check(instruction, SITE)
-    outside = (Rule.PLAN, Rule.METRICS, Rule.APPROVAL, Rule.BUDGET)
+    outside = (Rule.SPLIT, Rule.PLAN, Rule.METRICS, Rule.APPROVAL, Rule.BUDGET)
     assert order == [rule for rule in Rule if rule not in outside]
 
 
@@ -183,7 +186,7 @@ def test_a_run_at_every_limit_is_allowed() -> None:
     limits = policy(
         min_declared_size=198, min_noise_multiplier=plan.noise_multiplier, max_grad_norm=0.5, max_sample_rate=0.25,
         max_steps=20, max_records_per_patient=2, delta_per_run=1e-5, epsilon_per_run=plan.epsilon(),
-        adapters=("head",), tabular_models=("logistic",), tasks=(TITLE,), non_private=False,
+        adapters=("head",), scratch_models=("logistic",), tasks=(TITLE,), non_private=False,
     )  # fmt: skip
     limits.check(asked(), SITE)
 
@@ -229,6 +232,14 @@ def test_a_task_may_be_listed_by_its_digest() -> None:
     assert digest in refusal(policy(tasks=()), asked()).asked
 
 
+def test_a_run_cannot_call_the_site_s_patients_a_public_benchmark_and_shuffle_them() -> None:
+    """privacy.md, rule 9: one patient more would move all others between the parts, at the noise for one."""
+    shuffled = asked(*SHUFFLED)
+    for tasks in ((TITLE,), ("*",)):
+        assert refusal(policy(tasks=tasks), shuffled).rule is Rule.SPLIT
+    policy(tasks=(task_digest(shuffled.task),)).check(shuffled, SITE)
+
+
 def test_a_title_that_looks_like_a_digest_is_none() -> None:
     digest = task_digest(asked().task)
     spoofed = dataclasses.replace(asked("task.label=other"), task=dataclasses.replace(
@@ -247,7 +258,7 @@ def test_a_pretrained_model_is_allowed_by_id_and_digest_together(
 ) -> None:
     instruction = asked(*hf_overrides)
     pinned = {"id": bert_folder.name, "sha256": sha256(bert_folder / "model.safetensors")}
-    assert model_name(instruction.model) == bert_folder.name
+    assert instruction.model.name == bert_folder.name
     policy(models=(pinned,)).check(instruction, SITE)
     for wrong in ({"id": "other"}, {"sha256": "0" * 64}):
         refused = refusal(policy(models=({**pinned, **wrong},)), instruction)

@@ -17,22 +17,23 @@ from fedmed.config import (
     PrivacyConfig,
     RunConfig,
     StrategyConfig,
-    TabularModelConfig,
-    TextModelConfig,
     TrackingConfig,
     TrainingConfig,
     parse,
     run_config_from_dict,
 )
 from fedmed.errors import ConfigError
+from fedmed.model import CnnModelConfig, TabularModelConfig, TextModelConfig
 from fedmed.schema import to_dict
-from fedmed.task import ColumnConfig, TableTaskConfig
+from fedmed.task import ColumnConfig, ImageTaskConfig, TableTaskConfig
 
 FOLDER = Path(next(iter(configs.__path__)))
 CHOICES = sorted((path.parent.name, path.stem) for path in FOLDER.glob("*/*.yaml"))
 # What an option needs beside itself.
 NEEDS = {
     ("task", "csv"): ["task.path=table.csv"],
+    ("task", "dicom"): ["task.path=ingested", "model=cnn"],
+    ("model", "cnn"): ["task=dicom", "task.path=ingested"],
     ("model", "hf"): ["model.path=folder", f"model.sha256={'a' * 64}"],
     ("adapter", "lora"): [],
 }
@@ -80,6 +81,14 @@ OTHERS: dict[type, tuple[str, list[str], dict[str, tuple[str, Any]]]] = {
         "blanks": ("drop", "drop"), "declaration": ("null", None), "declare": ("declared", "declared"),
         "test_fraction": ("0.5", 0.5), "split": ("hash", "hash"), "public_benchmark": ("false", False),
     }),
+    ImageTaskConfig: ("task.", ["task=dicom", "model=cnn"], {
+        "title": ("'a title'", "a title"), "path": ("other", "other"), "positive": ("[a,b]", ["a", "b"]),
+        "negative": ("[c]", ["c"]), "modalities": ("[CR]", ["CR"]), "image_size": ("32", 32), "slices": ("3", 3),
+        "declared_sizes": ("{A: 30, B: 40}", {"A": 30, "B": 40}), "images_per_patient": ("4", 4),
+        "declared_images": ("{A: 60}", {"A": 60}), "unit": ("image", "image"), "declare": ("declared", "declared"),
+        "test_fraction": ("0.5", 0.5), "split": ("shuffle", "shuffle"), "public_benchmark": ("true", True),
+    }),
+    CnnModelConfig: ("model.", ["model=cnn", "task=dicom", "task.path=ingested"], {}),
     TextModelConfig: ("model.", ["model=hf"], {
         "path": ("folder", "folder"), "package": ("null", None), "sha256": ("b" * 64, "b" * 64),
         "max_tokens": ("64", 64), "pooling": ("cls", "cls"), "synthetic_sentences": ("10", 10),

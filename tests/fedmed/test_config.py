@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from fedmed import config as module
+from fedmed import model as model_module
 from fedmed import task as task_module
 from fedmed.config import (
     MAX_STEPS,
@@ -20,22 +21,23 @@ from fedmed.config import (
     PrivacyConfig,
     RunConfig,
     StrategyConfig,
-    TabularModelConfig,
-    TextModelConfig,
     TrackingConfig,
     TrainingConfig,
     parse,
     run_config_from_dict,
 )
 from fedmed.errors import ConfigError
+from fedmed.model import CnnModelConfig, TabularModelConfig, TextModelConfig
 from fedmed.schema import from_dict, to_dict, type_in_words
-from fedmed.task import ColumnConfig, TableTaskConfig
+from fedmed.task import ColumnConfig, ImageTaskConfig, TableTaskConfig
 
 NUMERIC = {"low": 0.0, "high": 1.0}
 # The least that each class can be built from, and the name that its messages begin with.
 LEAST: dict[type, tuple[str, dict[str, Any]]] = {
     ColumnConfig: ("task.columns.age", NUMERIC),
     TableTaskConfig: ("task", {"path": "a.csv"}),
+    ImageTaskConfig: ("task", {"kind": "image", "path": "ingested", "public_benchmark": True}),
+    CnnModelConfig: ("model", {}),
     TextModelConfig: ("model", {"path": "folder", "sha256": "0" * 64}),
     TabularModelConfig: ("model", {"kind": "tabular"}),
     AdapterConfig: ("adapter", {}),
@@ -69,7 +71,7 @@ def run_config(**changes: Any) -> RunConfig:
 
 def test_every_class_of_the_module_is_in_this_file() -> None:
     """A class that is added without tests fails here."""
-    found = [*inspect.getmembers(module), *inspect.getmembers(task_module)]
+    found = [pair for part in (module, task_module, model_module) for pair in inspect.getmembers(part)]
     classes = {cls for _, cls in found if dataclasses.is_dataclass(cls)}
     assert classes == {*LEAST, RunConfig}
     assert {cls for kinds in OPTIONS.values() for cls in kinds.values()} <= set(LEAST)
@@ -147,6 +149,20 @@ RANGES: list[tuple[type, str, list[Any], list[Any]]] = [
     (TableTaskConfig, "split", ["hash"], ["random", "shuffle"]),
     (TableTaskConfig, "declared_sizes", [{}, {"a": 1}, {"a": 10**9}], [{"a": 0}, {"a": -3}, {"a": 10**9 + 1}]),
     (TableTaskConfig, "positive", [["2", "3"]], [[], ["0"], ["1", "0"]]),
+    (ImageTaskConfig, "kind", [], ["table", ""]),
+    (ImageTaskConfig, "path", [], ["", None]),
+    (ImageTaskConfig, "positive", [["2", "3"]], [[], ["0"], ["1", "0"]]),
+    (ImageTaskConfig, "modalities", [["CR"]], [[], ["CR", ""]]),
+    (ImageTaskConfig, "image_size", [16, 1024], [15, 1025]),
+    (ImageTaskConfig, "slices", [1, 64], [0, 65]),
+    (ImageTaskConfig, "declared_sizes", [{}, {"a": 1}], [{"a": 0}, {"../b": 3}, {"..": 3}, {"": 3}]),
+    (ImageTaskConfig, "images_per_patient", [None, 1, 10_000], [0, 10_001]),
+    (ImageTaskConfig, "declared_images", [{}, {"a": 1}], [{"a": 0}, {"a": 10**9 + 1}]),
+    (ImageTaskConfig, "unit", ["image"], ["record", ""]),
+    (ImageTaskConfig, "declare", ["declared"], ["from_data"]),
+    (ImageTaskConfig, "test_fraction", [0.01, 0.99], [0.0, 1.0]),
+    (ImageTaskConfig, "split", ["shuffle"], ["random"]),
+    (CnnModelConfig, "kind", [], ["tabular"]),
     (TextModelConfig, "kind", [], ["tabular"]),
     (TextModelConfig, "path", [], ["", None]),
     (TextModelConfig, "feature_norm", [0.1], [0.0, -1.0]),
@@ -402,3 +418,32 @@ def test_types_have_words() -> None:
         words = type_in_words(typing.get_type_hints(cls)[field.name])
         assert "<class" not in words
         assert "typing" not in words
+
+
+def test_a_model_reads_the_kind_of_task_that_it_is_for() -> None:
+    images = built(ImageTaskConfig, declared_sizes={"a": 100})
+    assert run_config(task=images, model=CnnModelConfig(), adapter=AdapterConfig(kind="full"))
+    with pytest.raises(
+        ConfigError, match=r"^model\.kind=tabular: expected a model that reads .*'image': cnn$"
+    ):
+        run_config(task=images)
+    with pytest.raises(ConfigError, match=r"^model\.kind=cnn: expected .*'table': text, tabular$"):
+        run_config(model=CnnModelConfig())
+    with pytest.raises(ConfigError, match=r"^adapter=lora: expected head or full: a cnn model has no"):
+        run_config(task=images, model=CnnModelConfig(), adapter=AdapterConfig(kind="lora"))
+
+
+def test_the_image_is_a_unit_for_public_benchmarks_alone() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^task\.unit=image: expected patient, unless task\.public_benchmark"
+    ):
+        built(ImageTaskConfig, unit="image", public_benchmark=False)
+
+
+def test_declared_numbers_of_images_are_counted_in_units() -> None:
+    sizes = {"declared_sizes": {"a": 100, "b": 100}, "test_fraction": 0.3, "images_per_patient": 4}
+    patients = built(ImageTaskConfig, **sizes)
+    images = built(ImageTaskConfig, **sizes, unit="image", declared_images={"a": 250})
+    assert [patients.declared_train(site) for site in "ab"] == [70, 70]
+    assert [images.declared_train(site) for site in "ab"] == [175, 280]
+    assert [images.declared_held_out(site) for site in "ab"] == [75, 120]

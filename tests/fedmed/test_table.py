@@ -221,6 +221,19 @@ def test_a_site_of_one_patient_cannot_be_split(write: Callable[..., str]) -> Non
         read(path, "C")
 
 
+@pytest.mark.parametrize("rows", [(), ("C,p90,,f,",), ("C,p90,40,f,1",)])
+def test_a_site_with_nobody_in_a_part_is_read_where_that_must_not_be_told(
+    rows: tuple[str, ...], write: Callable[..., str]
+) -> None:
+    data = read_site(make_task(write(*rows)), "C", seed=0, key=b"k" * 32, maybe_empty=True)
+    whole = read(write())
+    found = data.manifest.patients
+    assert found == len(data.labels) == len(data.texts) == len(data.pseudonyms) == (rows == ("C,p90,40,f,1",))
+    assert data.features.shape == (found, whole.features.shape[1])
+    assert data.features.dtype == whole.features.dtype
+    assert sorted([len(data.part(test=False)), len(data.part(test=True))]) == [0, found]
+
+
 def test_without_a_patient_column_each_record_is_a_unit(write: Callable[..., str]) -> None:
     data = read(write("A,p0,40,f,1", "A,,41,f,1"), patient_column=None)
     assert data.manifest.patients == data.manifest.records == 42

@@ -14,6 +14,7 @@ from fedmed.data.table import read_site
 from fedmed.errors import PrivacyError
 from fedmed.models.build import build
 from fedmed.models.classifier import Arrays, Classifier, TabularClassifier
+from fedmed.privacy.dpsgd import PatientOptimizer
 from fedmed.privacy.plan import PrivacyPlan, make_plan
 from fedmed.privacy.randomness import RandomSource, operating_system, seeded
 from fedmed.training import (
@@ -24,6 +25,7 @@ from fedmed.training import (
     _physical_batch,
     local_parts,
     logits,
+    one_thread,
     set_adapter,
     train,
 )
@@ -58,6 +60,48 @@ def update(
 
 def same(a: Arrays, b: Arrays, tolerance: float = 0.0) -> bool:
     return all(np.abs(a[name] - b[name]).max() <= tolerance for name in a)
+
+
+def pre_noise_sums(run: tuple[RunConfig, Classifier, LocalData, PrivacyPlan], arrays: Arrays) -> np.ndarray:
+    """What a step adds noise to, in cells: all parameters in one vector."""
+    config, model, data, plan = run
+    sums: list[np.ndarray] = []
+    add_noise = PatientOptimizer.add_noise
+
+    def seen(optimizer: PatientOptimizer) -> None:
+        cells = [p.summed_grad.flatten() for p in optimizer.params]
+        sums.append(torch.cat(cells).double().numpy())
+        add_noise(optimizer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PatientOptimizer, "add_noise", seen)
+        train(model, data, arrays, plan=plan, training=config.training, source=operating_system())
+    return sums[0]
+
+
+def test_no_adapter_makes_one_patient_s_removal_change_the_sum_by_more_than_the_clip() -> None:
+    """Also not one whose products with other, known patients cancel, so that rounding decides their scores."""
+    columns = ", ".join(f"c{n}: {{kind: numeric, low: 0, high: 100}}" for n in range(6))
+    config = compose(
+        ["task=csv", "task.path=none.csv", "task.patient_column=id", f"task.declared_sizes={{{SITE}: 600}}",
+         f"task.columns={{{columns}}}", "task.blanks=drop", "model=logistic", "tracking=none", "rounds=1"]
+    )  # fmt: skip
+    one_thread()
+    model, plan = build(config.task, config.model, config.adapter), make_plan(config, SITE)
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        number = int(rng.integers(20, 64))
+        features = (rng.integers(0, 101, (number, 6)) / 50 - 1).astype(np.float32)
+        labels = torch.from_numpy(rng.integers(0, 2, number).astype(np.float32))
+        cancelling = 1e12 * np.linalg.svd(features[-5:].astype(np.float64))[2][-1]
+        arrays = {"head.weight": cancelling[None].astype(np.float32), "head.bias": np.zeros(1, np.float32)}
+
+        sums = []
+        for first in (0, 1):
+            records_of = [np.array([n]) for n in range(number - first)]
+            data = LocalData({"features": torch.from_numpy(features[first:])}, labels[first:], records_of)
+            sums.append(pre_noise_sums((config, model, data, plan), arrays))
+        assert np.linalg.norm(sums[0] - sums[1]) <= plan.grid.bound
 
 
 def test_noise_draws_equal_the_events_that_are_composed() -> None:
@@ -264,7 +308,7 @@ def test_training_refuses_draws_that_delta_cannot_pay_for() -> None:
 def test_an_unsound_network_is_refused_before_it_is_trained() -> None:
     """privacy.md, rule 6: by training itself, not only by who remembers to ask."""
     config, _, data, plan = setting("model=mlp")
-    model = TabularClassifier(config.task, config.model)
+    model = TabularClassifier(config.task, config.model, config.adapter)
     model.hidden = torch.nn.Sequential(model.hidden, torch.nn.BatchNorm1d(config.model.hidden))
     model.built = {}
     with pytest.raises(PrivacyError, match="GroupNorm"):
@@ -287,7 +331,7 @@ def test_the_records_of_a_patient_count_once_however_many_and_however_split() ->
 def test_dropout_is_off_while_training() -> None:
     """privacy.md, rule 8: it would be drawn from a generator that anybody may seed."""
     config, _, data, plan = setting("model=mlp")
-    model = TabularClassifier(config.task, config.model)
+    model = TabularClassifier(config.task, config.model, config.adapter)
     model.hidden = torch.nn.Sequential(model.hidden, torch.nn.Dropout(0.5))
     model.built = {}
     arrays = {name: values + 0.1 for name, values in model.initialise(0).items()}

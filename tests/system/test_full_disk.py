@@ -55,6 +55,18 @@ def no_data(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
+@pytest.fixture
+def site(disk: Path) -> Path:
+    """A site on it."""
+    return make_site(disk / "a", "a", held_out="none", budget=30).path
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> Instruction:
+    """A round of a run whose data is elsewhere."""
+    return instruction(settings(table(tmp_path / "t.csv")))
+
+
 def promises(site: Path, asked: Instruction) -> bool:
     """Whether a site agrees to a run; one whose ledger cannot even be opened gives no answer."""
     reply = ask(site, MessageType.QUERY, asked)
@@ -80,10 +92,8 @@ def fill(disk: Path) -> Path:
 
 
 def test_a_full_disk_stops_a_run_before_it_is_promised_anything(
-    disk: Path, tmp_path: Path, no_data: list[str], caplog: pytest.LogCaptureFixture
+    disk: Path, site: Path, asked: Instruction, no_data: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    site = make_site(disk / "a", "a", held_out="none", budget=30).path
-    asked = instruction(settings(table(tmp_path / "t.csv")))
     ballast = fill(disk)
     caplog.set_level(logging.INFO)
     assert not promises(site, asked)
@@ -100,10 +110,8 @@ def test_a_full_disk_stops_a_run_before_it_is_promised_anything(
 
 
 def test_a_disk_that_fills_up_after_the_promise_stops_the_round(
-    disk: Path, tmp_path: Path, no_data: list[str], caplog: pytest.LogCaptureFixture
+    disk: Path, site: Path, asked: Instruction, no_data: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    site = make_site(disk / "a", "a", held_out="none", budget=30).path
-    asked = instruction(settings(table(tmp_path / "t.csv")))
     assert quoted(site, asked).refusal is None
     ballast = fill(disk)
     # The write-ahead log may have room for a few entries more; not for many.
@@ -123,10 +131,8 @@ def test_a_disk_that_fills_up_after_the_promise_stops_the_round(
 
 
 def test_a_disk_that_is_mounted_read_only_stops_a_run_and_says_what_to_do(
-    disk: Path, tmp_path: Path, no_data: list[str], caplog: pytest.LogCaptureFixture
+    disk: Path, site: Path, asked: Instruction, no_data: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    site = make_site(disk / "a", "a", held_out="none", budget=30).path
-    asked = instruction(settings(table(tmp_path / "t.csv")))
     mounted("-o", "remount,ro", str(disk))
     caplog.set_level(logging.INFO)
     assert not promises(site, asked)

@@ -60,6 +60,17 @@ def test_stored_states_give_the_logits_of_the_whole_forward(adapter: str, hf_ove
     assert torch.allclose(stored, whole, atol=1e-5 if adapter == "head" else 0)
 
 
+@pytest.mark.parametrize("adapter", ["head", "lora", "full"])
+def test_a_site_without_a_record_is_prepared_like_any_other(adapter: str, hf_overrides: list[str]) -> None:
+    run = config(*hf_overrides, f"adapter={adapter}", "adapter.last_blocks=2", "model.synthetic_sentences=20")
+    data = read_site(run.task, "Switzerland", seed=0)
+    empty = read_site(run.task, "nowhere", seed=0, key=b"k" * 32, maybe_empty=True)
+    some, none = text(run).prepare(data), text(run).prepare(empty)
+    assert none.keys() == some.keys()
+    for name, tensor in none.items():
+        assert (len(tensor), tensor.dtype, tensor.dim()) == (0, some[name].dtype, some[name].dim())
+
+
 def test_the_seed_alone_decides_where_a_run_starts(hf_overrides: list[str]) -> None:
     model = text(config(*hf_overrides, "adapter=lora", "adapter.last_blocks=2"))
     first = model.initialise(0)

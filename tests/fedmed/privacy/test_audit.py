@@ -74,45 +74,44 @@ class Watched(PrivacyPlan):
 REALISED: list[int] = []
 
 
-def realised_divisor(
-    model: Classifier,
-    data: LocalData,
-    arrays: Arrays,
-    *,
-    plan: PrivacyPlan,
-    training: TrainingConfig,
-    source: RandomSource,
-) -> LocalUpdate:
-    """Every step is divided by the number of patients that were sampled."""
-    now, draws = arrays, 0
-    one = Watched(**{**vars(plan), "steps_per_round": 1})
-    for _ in range(plan.steps_per_round):
-        step = train(model, data, now, plan=one, training=training, source=source)
-        scale = plan.expected_batch / max(1, REALISED.pop())
-        now = {name: (now[name] + scale * step.delta[name]).astype(np.float32) for name in now}
-        draws += step.noise_draws
-    return LocalUpdate({name: now[name] - arrays[name] for name in now}, draws)
+def stepwise(
+    plan_of: Callable[[PrivacyPlan, int], PrivacyPlan], weight_of: Callable[[PrivacyPlan], float]
+) -> Train:
+    """The real training step by step, each by a plan of its own, its change weighted afterwards."""
+
+    def defect(
+        model: Classifier,
+        data: LocalData,
+        arrays: Arrays,
+        *,
+        plan: PrivacyPlan,
+        training: TrainingConfig,
+        source: RandomSource,
+    ) -> LocalUpdate:
+        now, draws = arrays, 0
+        for number in range(plan.steps_per_round):
+            one = plan_of(plan, number)
+            step = train(model, data, now, plan=one, training=training, source=source)
+            weight = weight_of(plan)
+            now = {name: (now[name] + weight * step.delta[name]).astype(np.float32) for name in now}
+            draws += step.noise_draws
+        return LocalUpdate({name: now[name] - arrays[name] for name in now}, draws)
+
+    return defect
 
 
-def half_noised(
-    model: Classifier,
-    data: LocalData,
-    arrays: Arrays,
-    *,
-    plan: PrivacyPlan,
-    training: TrainingConfig,
-    source: RandomSource,
-) -> LocalUpdate:
-    """Every second step has noise to no purpose: drawn, and then a millionth of it added."""
-    now, draws = arrays, 0
-    for number in range(plan.steps_per_round):
-        one = replace(
-            plan, steps_per_round=1, noise_multiplier=plan.noise_multiplier if number % 2 == 0 else 1e-6
-        )
-        step = train(model, data, now, plan=one, training=training, source=source)
-        now = {name: now[name] + step.delta[name] for name in now}
-        draws += step.noise_draws
-    return LocalUpdate({name: now[name] - arrays[name] for name in now}, draws)
+# Every step is divided by the number of patients that were sampled.
+realised_divisor = stepwise(
+    lambda plan, _: Watched(**{**vars(plan), "steps_per_round": 1}),
+    lambda plan: plan.expected_batch / max(1, REALISED.pop()),
+)
+# Every second step has noise to no purpose: drawn, and then a millionth of it added.
+half_noised = stepwise(
+    lambda plan, number: replace(
+        plan, steps_per_round=1, noise_multiplier=1e-6 if number % 2 else plan.noise_multiplier
+    ),
+    lambda _: 1.0,
+)
 
 
 class HalfAccounted(PrivacyPlan):
