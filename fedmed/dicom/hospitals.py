@@ -15,6 +15,8 @@ from fedmed.errors import require
 
 PHANTOM_NAMES = ("Northside", "Riverbank", "Lakeview")
 PHANTOM_CLASSES = ("clear", "opacity")
+
+
 def make_hospitals(
     images: NDArray[np.uint8],
     labels: NDArray[Any],

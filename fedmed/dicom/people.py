@@ -2,16 +2,20 @@
 
 import datetime
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-FAMILIES = ["Abel", "Arden", "Birch", "Brandt", "Castell", "Corr", "Dahl", "Drayton", "Eklund", "Ferro", "Garrow", "Hale", "Ibarra", "Jansen", "Kestrel", "Lind", "Marlow", "Novak", "Okafor", "Pell", "Quist", "Rowan", "Sato", "Thorne", "Ueda", "Varga", "Wren", "Yilmaz", "Zeller"]
+FAMILIES = (
+    "Abel", "Arden", "Birch", "Brandt", "Castell", "Corr", "Dahl", "Drayton", "Eklund", "Ferro", "Garrow", "Hale",
+    "Ibarra", "Jansen", "Kestrel", "Lind", "Marlow", "Novak", "Okafor", "Pell", "Quist", "Rowan", "Sato", "Thorne",
+)  # fmt: skip
 GIVEN = {
-    "F": ["Ada", "Bea", "Clara", "Dora", "Edda", "Freya", "Greta", "Hana", "Ines", "Jana", "Kira", "Lena", "Mina", "Nora", "Olga", "Paula"],
-    "M": ["Abe", "Boris", "Carl", "Dan", "Emil", "Finn", "Georg", "Hugo", "Ivan", "Jon", "Karl", "Leo", "Max", "Nils", "Otto", "Paul"],
-}
-FIRST_DAY = datetime.date(2016, 1, 4)
+    "F": ("Ada", "Bea", "Clara", "Dora", "Edda", "Freya", "Greta", "Hana", "Ines", "Jana", "Kira", "Lena", "Nora"),
+    "M": ("Abe", "Boris", "Carl", "Dan", "Emil", "Finn", "Georg", "Hugo", "Ivan", "Jon", "Leo", "Max", "Nils"),
+}  # fmt: skip
+FIRST_DAY = datetime.datetime(2016, 1, 4)
 DAYS = 2500
 
 
@@ -41,30 +45,27 @@ def draw_visits(patients: NDArray[np.int64], *, hospital: int, rng: np.random.Ge
     """
     visits: list[Visit] = []
     numbers = rng.permutation(90_000 + 2 * len(patients))
+    study = 0
     for image, patient in enumerate(patients):
         if image == 0 or patient != patients[image - 1]:
-            sex = "FM"[rng.integers(2)]
-            born = FIRST_DAY - datetime.timedelta(days=int(rng.integers(18 * 366, 90 * 365)))
-            name = f"{FAMILIES[rng.integers(len(FAMILIES))]}^{GIVEN[sex][rng.integers(len(GIVEN[sex]))]}"
-            number = f"{hospital + 1}{numbers[image]:06d}"
-            study, instance, day = (visits[-1].study if visits else 0) + 1, 1, int(rng.integers(DAYS))
+            person = _draw_person(rng) | {"patient_id": f"{hospital + 1}{numbers[image]:06d}"}
+            study, instance, time = study + 1, 1, _draw_time(rng, FIRST_DAY, days=DAYS)
         elif rng.random() < 0.5:
-            instance += 1
+            instance, time = instance + 1, time + datetime.timedelta(minutes=2)
         else:
-            study, instance, day = study + 1, 1, day + int(rng.integers(1, 400))
-        minutes = 8 * 60 + int(rng.integers(0, 600)) if instance == 1 else minutes + 2
-        time = datetime.datetime.combine(FIRST_DAY, datetime.time()) + datetime.timedelta(
-            days=day, minutes=minutes
-        )
-        visits.append(
-            Visit(
-                patient_id=number,
-                patient_name=name,
-                birth_date=born,
-                sex=sex,
-                study=study,
-                instance=instance,
-                time=time,
-            )  # fmt: skip
-        )
+            study, instance, time = study + 1, 1, _draw_time(rng, time + datetime.timedelta(days=1), days=400)
+        visits.append(Visit(**person, study=study, instance=instance, time=time))
     return visits
+
+
+def _draw_person(rng: np.random.Generator) -> dict[str, Any]:
+    sex = "FM"[rng.integers(2)]
+    born = FIRST_DAY - datetime.timedelta(days=int(rng.integers(18 * 366, 90 * 365)))
+    name = f"{FAMILIES[rng.integers(len(FAMILIES))]}^{GIVEN[sex][rng.integers(len(GIVEN[sex]))]}"
+    return {"patient_name": name, "birth_date": born.date(), "sex": sex}
+
+
+def _draw_time(rng: np.random.Generator, first: datetime.datetime, *, days: int) -> datetime.datetime:
+    """Between 8 and 18 hours of one of the `days` from `first` on."""
+    day = datetime.datetime.combine(first.date(), datetime.time())
+    return day + datetime.timedelta(days=int(rng.integers(days)), minutes=int(rng.integers(8 * 60, 18 * 60)))

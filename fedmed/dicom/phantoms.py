@@ -7,13 +7,15 @@ beside what differs between patients, and a finding lies where the lung is.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedmed.errors import require
 
-Floats = NDArray[np.float32]
+# float32 wherever there is a picture.
+Floats = NDArray[np.floating[Any]]
 # Images rendered at once: their arrays stay within a few MB.
 BATCH = 64
 # How much brighter a finding of difficulty 1 is than the lung around it, from the faintest to the clearest.
@@ -138,7 +140,7 @@ def _wide(values: Floats | float) -> Floats | float:
 
 
 def _render(anatomy: dict[str, NDArray], pose: dict[str, Floats], size: int) -> Floats:
-    """(images, size, size) float32, about 0 to 1, without noise."""
+    """(images, size, size), about 0 to 1, without noise."""
     line = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
     across, down = line[None, None, :] - _wide(pose["x"]), line[None, :, None] - _wide(pose["y"])
     cosine, sine = np.cos(pose["turn"]) / pose["zoom"], np.sin(pose["turn"]) / pose["zoom"]

@@ -10,7 +10,7 @@ from fedmed.dicom.facts import GREY
 from fedmed.dicom.write import JPEG_2000_SIDE, Syntax
 from fedmed.errors import require
 
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,7 +88,7 @@ class Allotted:
     @functools.cached_property
     def content(self) -> bytes:
         """Tells two folders apart: UIDs follow from it."""
-        digest = hashlib.blake2b(np.ascontiguousarray(self.images), digest_size=16)
+        digest = hashlib.blake2b(self.images.tobytes(), digest_size=16)
         for values in (self.labels, self.patients, self.hospital):
             digest.update(values.tobytes())
         digest.update(f"{self.names} {self.shift} {self.seed}".encode())
