@@ -14,6 +14,8 @@ from fedmed.dicom.tree import KEYS, Allotted, Progress, Written, check_out, writ
 from fedmed.errors import require
 
 PHANTOM_NAMES = ("Northside", "Riverbank", "Lakeview")
+# Of phantoms, which are drawn before they are written.
+MOST_PIXELS = 2**32
 PHANTOM_CLASSES = ("clear", "opacity")
 
 
@@ -73,10 +75,12 @@ def make_hospitals(
         require(hospitals <= len(numbers), "hospitals", hospitals, f"at most {len(numbers)}: an image each")
         patients = group_patients(numbers, images_per_patient, rng)
     _, first, whose = np.unique(patients, return_index=True, return_inverse=True)
+    one = bool(np.all(numbers == numbers[first][whose]))
+    require(one, "patients", "some with images of several classes", "one label a patient")
     ones = [index for index, name in enumerate(classes) if name in positives]
     placed = allot(
         numbers[first], hospitals, label_skew=label_skew, prevalences=prevalences, positive=ones, rng=rng
-    )  # fmt: skip
+    )
     allotted = Allotted(
         images=images, labels=numbers, patients=whose, hospital=placed[whose], names=_names(names, hospitals),
         classes=classes, positive=positives, shift=scanner_shift, key=key, seed=seed,
@@ -115,9 +119,12 @@ def write_phantom_hospitals(
         ConfigError: an argument out of range, or `out` cannot be written.
     """
     check_out(out)
+    require(len(names) >= 1, "names", list(names), "at least one hospital")
     low, high = images_per_patient
     require(2 <= patients <= 100_000, "patients", patients, "2 to 100,000")
     require(1 <= low <= high <= 1000, "images_per_patient", f"{low}-{high}", "1 <= fewest <= most <= 1000")
+    pixels = len(names) * patients * high * size**2
+    require(pixels <= MOST_PIXELS, "patients", patients, f"fewer: {pixels:.1e} pixels do not fit into memory")
     wanted = list(np.linspace(0.3, 0.5, len(names))) if prevalences is None else list(prevalences)
     require(len(wanted) == len(names), "prevalences", wanted, f"{len(names)}, one each hospital")
     for value in wanted:

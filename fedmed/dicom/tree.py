@@ -103,6 +103,7 @@ class Allotted:
 
 
 def write_tree(allotted: Allotted, out: Path, progress: Progress | None) -> Written:
+    # Killed at once, a process leaves this folder behind: hidden, and without a declaration.
     draft = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         with contextlib.ExitStack() as undo:
