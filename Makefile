@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS := demo,coordinator,ray,dev
+EXTRAS := demo,dicom,coordinator,ray,dev
 TEST_PROCESSES ?= 2
 
 export HF_HUB_OFFLINE := 1

@@ -268,7 +268,8 @@ HELP_SECONDS = 0.5
 def test_help_comes_at_once_and_imports_nothing_heavy() -> None:
     probe = (
         "import sys, atexit; atexit.register(lambda: print(sorted({'torch', 'mlflow', 'pandas', 'hydra', 'omegaconf', "
-        "'transformers', 'flwr', 'numpy', 'matplotlib', 'opacus', 'pydantic', 'cryptography'} & set(sys.modules)), "
+        "'transformers', 'flwr', 'numpy', 'matplotlib', 'opacus', 'pydantic', 'cryptography', 'pydicom', "
+        "'PIL'} & set(sys.modules)), "
         f"file=sys.stderr)); {MAIN}"
     )
     seconds = []
@@ -287,7 +288,19 @@ def test_help_comes_at_once_and_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "run", "plan", "task", "task describe", "privacy", "privacy audit", "privacy sweep"]
+    "command",
+    [
+        "",
+        "run",
+        "plan",
+        "task",
+        "task describe",
+        "task from-npz",
+        "task phantoms",
+        "privacy",
+        "privacy audit",
+        "privacy sweep",
+    ],
 )
 def test_every_help_has_examples(command: str, light: Commands) -> None:
     ended = light(*command.split(), "--help")

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from fedmed.cli.hospitals import add_commands
+
 DESCRIBE_HELP = """Propose the declaration of a table, as YAML to edit.
 
 FILE is a CSV file in UTF-8 with a header line. The proposal names the sites with their sizes, the label's
@@ -22,12 +24,14 @@ Examples:
   fedmed task describe patients.csv --site-column hospital --label outcome --json
 """
 
-TASK_HELP = """Bring your own table.
+TASK_HELP = """Bring your own table, or make hospitals to try things on.
 
 \b
 Examples:
   fedmed task describe patients.csv --site-column hospital --label outcome --output mine.yaml
   fedmed run task=csv task.declaration=mine.yaml
+  fedmed task from-npz pneumoniamnist.npz hospitals --class-names normal,pneumonia
+  fedmed task phantoms hospitals
 """
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
@@ -35,7 +39,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 @app.callback(help=TASK_HELP)
 def task() -> None:
-    """Bring your own table."""
+    """Bring your own table, or make hospitals to try things on."""
 
 
 @app.command("describe", help=DESCRIBE_HELP)
@@ -126,3 +130,6 @@ def _write(output: str, text: str) -> None:
         write_bytes(Path(output), text.encode())
     except OSError as error:
         raise ConfigError(f"--output={output}: cannot be written ({error.strerror})") from None
+
+
+add_commands(app)
