@@ -197,7 +197,6 @@ def _regions(path: Path | None) -> tuple[dict[str, Any], ...]:
 
 
 def _key(site: Path | None, name: str | None) -> bytes:
-    from clients.folder import SiteFolder
     from fedmed.data.split import site_key
     from fedmed.errors import ConfigError
 
@@ -205,6 +204,8 @@ def _key(site: Path | None, name: str | None) -> bytes:
     if name is not None:
         return site_key(name)
     if site is not None:
+        from clients.folder import SiteFolder
+
         return SiteFolder.open(site).split_key
     raise ConfigError("whose data? name the site's folder: --site DIR (or, of a simulated site, --name NAME)")
 

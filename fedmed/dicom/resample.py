@@ -81,8 +81,8 @@ def _boxes(values: NDArray, height: int, width: int) -> NDArray[np.float32]:
     # A mask's sums fit a byte where its boxes are not very high; a product adds up columns twice as fast as slices do.
     small = values.dtype == np.bool_ and height < 1 << 8
     rows = [(values.view(np.uint8) if small else values)[row::height] for row in range(height)]
-    kind = np.uint8 if small else np.float32
-    total = np.add(rows[0], rows[1], dtype=kind) if height > 1 else rows[0].astype(kind)
+    kind: type = np.uint8 if small else np.float32
+    total: NDArray = np.add(rows[0], rows[1], dtype=kind) if height > 1 else rows[0].astype(kind)
     for row in rows[2:]:
         total += row
     weights = np.full(width, 1 / (height * width), np.float32)
