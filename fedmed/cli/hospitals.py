@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from fedmed.dicom.tree import Written
+    from fedmed.dicom.synthetic.tree import Written
 
 NPZ_HELP = """Make hospitals out of labelled images: a folder of DICOM files and labels each.
 
@@ -92,9 +92,9 @@ def from_npz(
 ) -> None:
     """Read the arrays, write the folder, say what comes next."""
     _check_installed()
-    from fedmed.dicom.hospitals import make_hospitals
-    from fedmed.dicom.npz import read_npz
-    from fedmed.dicom.tree import check_out
+    from fedmed.dicom.synthetic.hospitals import make_hospitals
+    from fedmed.dicom.synthetic.npz import read_npz
+    from fedmed.dicom.synthetic.tree import check_out
 
     check_out(out)
     few_most, shares = _range(images_per_patient), _numbers("--prevalences", prevalences)
@@ -126,7 +126,7 @@ def phantoms(
 ) -> None:
     """Draw the phantoms, write the folder, say what comes next."""
     _check_installed()
-    from fedmed.dicom.hospitals import PHANTOM_NAMES, write_phantom_hospitals
+    from fedmed.dicom.synthetic.hospitals import PHANTOM_NAMES, write_phantom_hospitals
 
     few_most, shares = _range(images_per_patient), _numbers("--prevalences", prevalences)
     with _bar() as progress:

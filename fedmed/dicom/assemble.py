@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmed.dicom import geometry
+from fedmed.dicom.image import geometry
+from fedmed.dicom.image.pixels import Window, to_display
 from fedmed.dicom.labels import Labels
-from fedmed.dicom.pixels import Window, to_display
 from fedmed.dicom.reasons import Reason
 from fedmed.dicom.store import StoredImage
 

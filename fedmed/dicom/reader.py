@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import Dataset
 
-from fedmed.dicom.burned_in import KnownRegion, mask_pixels, text_to_blank
-from fedmed.dicom.deidentify import Deidentifier, DeidentifyOptions
+from fedmed.dicom.deid.burned_in import KnownRegion, mask_pixels, text_to_blank
+from fedmed.dicom.deid.deidentify import Deidentifier, DeidentifyOptions
 from fedmed.dicom.hashes import keyed_hash
+from fedmed.dicom.image.pixels import Frames, Window, read_frames, to_display
+from fedmed.dicom.image.slices import dicom_slices
 from fedmed.dicom.parse import parse
-from fedmed.dicom.pixels import Frames, Window, read_frames, to_display
 from fedmed.dicom.reasons import Quarantined, Reason
-from fedmed.dicom.slices import dicom_slices
 
 READER = "dicom/1"
 # Modalities whose single-frame files are slices of a volume.

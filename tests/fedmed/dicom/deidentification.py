@@ -9,7 +9,7 @@ from pydicom import Dataset, Sequence, dcmread
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
-from fedmed.dicom.deidentify import Deidentifier, DeidentifyOptions
+from fedmed.dicom.deid.deidentify import Deidentifier, DeidentifyOptions
 
 KEY = bytes(range(32))
 CANARY = "Kanarienvogel"

@@ -10,8 +10,8 @@ from pydicom.encaps import encapsulate
 from pydicom.pixels import pixel_array
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 
-from fedmed.dicom.burned_in import KnownRegion, Verdict, blank, burned_in
-from fedmed.dicom.deidentify import DeidentifyOptions
+from fedmed.dicom.deid.burned_in import KnownRegion, Verdict, blank, burned_in
+from fedmed.dicom.deid.deidentify import DeidentifyOptions
 from fedmed.dicom.reasons import Quarantined
 from tests.fedmed.dicom.deidentification import deidentified, instance, read, written
 

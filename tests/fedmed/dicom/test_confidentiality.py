@@ -9,8 +9,8 @@ from pydicom import DataElement, Dataset, Sequence
 from pydicom.config import IGNORE
 from pydicom.datadict import dictionary_has_tag, dictionary_VR
 
-from fedmed.dicom import attributes, confidentiality
-from fedmed.dicom.confidentiality import resolve, table
+from fedmed.dicom.deid import attributes, confidentiality
+from fedmed.dicom.deid.confidentiality import resolve, table
 from fedmed.dicom.hashes import keyed_hash
 from tests.fedmed.dicom.deidentification import (
     CANARY,
@@ -156,7 +156,7 @@ def test_every_row_in_a_sequence(options: dict[str, bool]) -> None:
 def test_a_lost_row_would_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The walk finds a table that keeps an attribute: it would not pass for any code."""
     lost = {tag: action for tag, action in confidentiality.actions().items() if tag != int(name, 16)}
-    monkeypatch.setattr("fedmed.dicom.deidentify.actions", lambda option=None: {} if option else lost)
+    monkeypatch.setattr("fedmed.dicom.deid.deidentify.actions", lambda option=None: {} if option else lost)
     monkeypatch.setattr(attributes, "actions", lambda: lost)
     monkeypatch.setattr(attributes.Attributes, "_outside", lambda *arguments: arguments[1][arguments[2]])
     with pytest.raises(AssertionError):

@@ -1,6 +1,6 @@
 import pytest
 
-from fedmed.dicom.dates import MAX_DAYS, days_earlier, shift
+from fedmed.dicom.deid.dates import MAX_DAYS, days_earlier, shift
 
 
 def test_a_patient_has_one_shift_and_it_is_never_zero() -> None:

@@ -17,9 +17,9 @@ from pydicom.data import get_testdata_files
 from pydicom.datadict import DicomDictionary
 from pydicom.uid import ImplicitVRLittleEndian
 
-from fedmed.dicom import attributes, deidentify, pixel_data
-from fedmed.dicom.attributes import KEPT_TEXT, MAX_DEPTH
-from fedmed.dicom.deidentify import Deidentifier, DeidentifyOptions
+from fedmed.dicom.deid import attributes, deidentify, pixel_data
+from fedmed.dicom.deid.attributes import KEPT_TEXT, MAX_DEPTH
+from fedmed.dicom.deid.deidentify import Deidentifier, DeidentifyOptions
 from fedmed.dicom.hashes import keyed_hash
 from fedmed.dicom.reasons import Quarantined
 from tests.fedmed.dicom.deidentification import (

@@ -9,9 +9,9 @@ from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
-from fedmed.dicom.geometry import Assembly, Slice, assemble
+from fedmed.dicom.image.geometry import Assembly, Slice, assemble
+from fedmed.dicom.image.slices import dicom_slices
 from fedmed.dicom.reasons import Reason
-from fedmed.dicom.slices import dicom_slices
 
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 SAGITTAL = (0.0, 1.0, 0.0, 0.0, 0.0, -1.0)

@@ -14,13 +14,13 @@ import pydicom
 import pytest
 from numpy.typing import NDArray
 
-import fedmed.dicom.tree
-from fedmed.dicom.allot import allot, group_patients
-from fedmed.dicom.hospitals import make_hospitals, write_phantom_hospitals
+import fedmed.dicom.synthetic.tree
 from fedmed.dicom.ingest import ingest
 from fedmed.dicom.options import Options
 from fedmed.dicom.store import ImageStore
-from fedmed.dicom.tree import KEYS, Written
+from fedmed.dicom.synthetic.allot import allot, group_patients
+from fedmed.dicom.synthetic.hospitals import make_hospitals, write_phantom_hospitals
+from fedmed.dicom.synthetic.tree import KEYS, Written
 from fedmed.errors import ConfigError
 from tests.evidence import figure
 
@@ -356,7 +356,7 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
 def test_what_stops_half_way_leaves_nothing(
     error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, written = fedmed.dicom.tree.dicom_bytes, []
+    write, written = fedmed.dicom.synthetic.tree.dicom_bytes, []
 
     def stop(*arguments: Any, **values: Any) -> bytes:
         written.append(1)
@@ -365,7 +365,7 @@ def test_what_stops_half_way_leaves_nothing(
             raise error
         return write(*arguments, **values)
 
-    monkeypatch.setattr(fedmed.dicom.tree, "dicom_bytes", stop)
+    monkeypatch.setattr(fedmed.dicom.synthetic.tree, "dicom_bytes", stop)
     images, labels = arrays()
     expected = ConfigError if isinstance(error, OSError) else type(error)
     with pytest.raises(expected) as raised:

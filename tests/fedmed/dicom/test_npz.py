@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedmed.dicom.npz import read_npz
+from fedmed.dicom.synthetic.npz import read_npz
 from fedmed.errors import ConfigError, DataError
 
 IMAGES, LABELS = np.zeros((6, 28, 28), np.uint8), np.array([[0], [1]] * 3, np.uint8)

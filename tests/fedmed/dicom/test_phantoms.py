@@ -7,7 +7,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from fedmed.dicom.phantoms import Phantoms, make_phantoms
+from fedmed.dicom.synthetic.phantoms import Phantoms, make_phantoms
 from fedmed.errors import ConfigError
 
 

@@ -11,7 +11,7 @@ from pydicom.data import get_testdata_file
 from pydicom.encaps import encapsulate, generate_frames
 from pydicom.uid import MPEG2MPML, ExplicitVRBigEndian, ExplicitVRLittleEndian, JPEGBaseline8Bit
 
-from fedmed.dicom.pixel_data import clean, j2k_frame, jpeg_frame, rle_frame
+from fedmed.dicom.deid.pixel_data import clean, j2k_frame, jpeg_frame, rle_frame
 from fedmed.dicom.reasons import Quarantined
 from tests.fedmed.dicom.deidentification import CANARY, instance
 

@@ -16,7 +16,7 @@ from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 
-from fedmed.dicom.pixels import Window, read_frames, to_display
+from fedmed.dicom.image.pixels import Window, read_frames, to_display
 from fedmed.dicom.reasons import Quarantined, Reason
 
 ROOTS = [Path(pydicom.__file__).parent / "data" / "test_files", Path(data_store.__file__).parent / "data"]

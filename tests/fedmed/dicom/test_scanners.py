@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedmed.dicom.scanners import Scanner, scanners
-from fedmed.dicom.write import Syntax
+from fedmed.dicom.synthetic.scanners import Scanner, scanners
+from fedmed.dicom.synthetic.write import Syntax
 from fedmed.errors import ConfigError
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (5, 28, 30), dtype=np.uint8)

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from pydicom import config
 from pydicom.filewriter import dcmwrite
 
-from fedmed.dicom.facts import DEPTHS, PROJECTIONS, Facts
-from fedmed.dicom.write import TRANSFER_SYNTAXES, Syntax, dicom_bytes
+from fedmed.dicom.synthetic.facts import DEPTHS, PROJECTIONS, Facts
+from fedmed.dicom.synthetic.write import TRANSFER_SYNTAXES, Syntax, dicom_bytes
 from fedmed.errors import ConfigError
 
 UIDS = {

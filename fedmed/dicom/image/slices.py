@@ -4,9 +4,9 @@ import math
 
 from pydicom.dataset import Dataset
 
-from fedmed.dicom.elements import Elements
-from fedmed.dicom.geometry import Slice
-from fedmed.dicom.groups import frame_items
+from fedmed.dicom.image.elements import Elements
+from fedmed.dicom.image.geometry import Slice
+from fedmed.dicom.image.groups import frame_items
 from fedmed.dicom.reasons import Quarantined
 
 _ROWS, _COLUMNS, _FRAMES = 0x00280010, 0x00280011, 0x00280008

@@ -3,11 +3,11 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmed.dicom.decode import stored_bits
-from fedmed.dicom.layout import PixelLayout
-from fedmed.dicom.modality import Padding, Rescale
-from fedmed.dicom.resample import resample, row_blocks
-from fedmed.dicom.window import Window, to_display
+from fedmed.dicom.image.decode import stored_bits
+from fedmed.dicom.image.layout import PixelLayout
+from fedmed.dicom.image.modality import Padding, Rescale
+from fedmed.dicom.image.resample import resample, row_blocks
+from fedmed.dicom.image.window import Window, to_display
 
 _WORTH_A_TABLE = 1 << 18
 """Pixels of a frame from which a table of all 65,536 words costs less than computing each pixel."""

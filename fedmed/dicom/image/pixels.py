@@ -8,16 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
-from fedmed.dicom.decode import stored_frames
-from fedmed.dicom.elements import Elements
-from fedmed.dicom.layout import PixelLayout, read_layout
-from fedmed.dicom.lookup import read_palette
-from fedmed.dicom.modality import frame_rescales, frame_windows, read_padding
-from fedmed.dicom.planes import colour_frame, grey_frame
+from fedmed.dicom.image.decode import stored_frames
+from fedmed.dicom.image.elements import Elements
+from fedmed.dicom.image.layout import PixelLayout, read_layout
+from fedmed.dicom.image.lookup import read_palette
+from fedmed.dicom.image.modality import frame_rescales, frame_windows, read_padding
+from fedmed.dicom.image.planes import colour_frame, grey_frame
+from fedmed.dicom.image.resample import target_shape
+from fedmed.dicom.image.spacing import PixelSpacing, read_spacing
+from fedmed.dicom.image.window import Window, to_display
 from fedmed.dicom.reasons import Quarantined, Reason
-from fedmed.dicom.resample import target_shape
-from fedmed.dicom.spacing import PixelSpacing, read_spacing
-from fedmed.dicom.window import Window, to_display
 
 __all__ = ["Frames", "Window", "read_frames", "to_display"]
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from pydicom.dataset import Dataset
 
-from fedmed.dicom.elements import Elements
+from fedmed.dicom.image.elements import Elements
 from fedmed.dicom.reasons import Quarantined, Reason
 
 MAX_FRAME_PIXELS = 1 << 25

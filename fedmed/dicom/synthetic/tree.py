@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmed.dicom.allot import Integers
-from fedmed.dicom.facts import Facts
-from fedmed.dicom.next_commands import commands
-from fedmed.dicom.people import Visit, draw_visits
-from fedmed.dicom.scanners import Scanner
-from fedmed.dicom.write import dicom_bytes
+from fedmed.dicom.synthetic.allot import Integers
+from fedmed.dicom.synthetic.facts import Facts
+from fedmed.dicom.synthetic.next_commands import commands
+from fedmed.dicom.synthetic.people import Visit, draw_visits
+from fedmed.dicom.synthetic.scanners import Scanner
+from fedmed.dicom.synthetic.write import dicom_bytes
 from fedmed.errors import ConfigError, require
 
 FORMAT = "fedmed-hospitals/1"

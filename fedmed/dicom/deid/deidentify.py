@@ -11,12 +11,12 @@ from pydicom import Dataset
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from fedmed.dicom import pixel_data
-from fedmed.dicom.attributes import Attributes, one_line
-from fedmed.dicom.burned_in import KnownRegion, mask_pixels, text_to_blank
-from fedmed.dicom.confidentiality import EDITION, Action, actions
+from fedmed.dicom.deid import pixel_data
+from fedmed.dicom.deid.attributes import Attributes, one_line
+from fedmed.dicom.deid.burned_in import KnownRegion, mask_pixels, text_to_blank
+from fedmed.dicom.deid.confidentiality import EDITION, Action, actions
+from fedmed.dicom.deid.quiet import quiet
 from fedmed.dicom.hashes import keyed_hash
-from fedmed.dicom.quiet import quiet
 from fedmed.dicom.reasons import Quarantined, Reason
 
 # One random UUID, made once for this software (PS3.5, B.2).

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmed.dicom.facts import GREY
-from fedmed.dicom.write import JPEG_2000_SIDE, Syntax
+from fedmed.dicom.synthetic.facts import GREY
+from fedmed.dicom.synthetic.write import JPEG_2000_SIDE, Syntax
 from fedmed.errors import require
 
 Floats = NDArray[np.floating[Any]]

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmed.dicom.elements import Elements
-from fedmed.dicom.groups import frame_items
-from fedmed.dicom.layout import DOUBLE_PIXEL_DATA, FLOAT_PIXEL_DATA, PixelLayout
-from fedmed.dicom.lookup import LookupTable, read_table
+from fedmed.dicom.image.elements import Elements
+from fedmed.dicom.image.groups import frame_items
+from fedmed.dicom.image.layout import DOUBLE_PIXEL_DATA, FLOAT_PIXEL_DATA, PixelLayout
+from fedmed.dicom.image.lookup import LookupTable, read_table
+from fedmed.dicom.image.window import Window, read_window
 from fedmed.dicom.reasons import Quarantined, Reason
-from fedmed.dicom.window import Window, read_window
 
 _INTERCEPT, _SLOPE, _TABLES = 0x00281052, 0x00281053, 0x00283000
 _TRANSFORMATION, _FRAME_WINDOW = 0x00289145, 0x00289132

@@ -7,9 +7,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmed.dicom.elements import Elements
-from fedmed.dicom.layout import PixelLayout
-from fedmed.dicom.lookup import LookupTable, read_table, scaled
+from fedmed.dicom.image.elements import Elements
+from fedmed.dicom.image.layout import PixelLayout
+from fedmed.dicom.image.lookup import LookupTable, read_table, scaled
 from fedmed.dicom.reasons import Quarantined, Reason
 
 _CENTER, _WIDTH, _FUNCTION, _TABLES = 0x00281050, 0x00281051, 0x00281056, 0x00283010

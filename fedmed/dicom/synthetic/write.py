@@ -27,8 +27,8 @@ from pydicom.uid import (
     UltrasoundImageStorage,
 )
 
-from fedmed.dicom.facts import GREY, PROJECTIONS, Facts
-from fedmed.dicom.splice import Template
+from fedmed.dicom.synthetic.facts import GREY, PROJECTIONS, Facts
+from fedmed.dicom.synthetic.splice import Template
 from fedmed.errors import require
 
 SOP_CLASSES = {

@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from fedmed.dicom.elements import Elements
-from fedmed.dicom.groups import frame_items
+from fedmed.dicom.image.elements import Elements
+from fedmed.dicom.image.groups import frame_items
 from fedmed.dicom.reasons import Quarantined, Reason
 
 _PIXEL, _IMAGER, _NOMINAL, _ASPECT = 0x00280030, 0x00181164, 0x00182010, 0x00280034

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmed.dicom.allot import Integers, allot, group_patients
-from fedmed.dicom.phantoms import make_phantoms
-from fedmed.dicom.scanners import Scanner, scanners
-from fedmed.dicom.tree import KEYS, Allotted, Progress, Written, check_out, write_tree
+from fedmed.dicom.synthetic.allot import Integers, allot, group_patients
+from fedmed.dicom.synthetic.phantoms import make_phantoms
+from fedmed.dicom.synthetic.scanners import Scanner, scanners
+from fedmed.dicom.synthetic.tree import KEYS, Allotted, Progress, Written, check_out, write_tree
 from fedmed.errors import require
 
 PHANTOM_NAMES = ("Northside", "Riverbank", "Lakeview")

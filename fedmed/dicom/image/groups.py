@@ -1,6 +1,6 @@
 """Functional groups of enhanced multi-frame files (PS3.3 C.7.6.16)."""
 
-from fedmed.dicom.elements import Elements
+from fedmed.dicom.image.elements import Elements
 
 _SHARED, _PER_FRAME = 0x52009229, 0x52009230
 

@@ -12,9 +12,9 @@ from pydicom.datadict import dictionary_has_tag, dictionary_VR, keyword_for_tag
 from pydicom.multival import MultiValue
 from pydicom.uid import UID, UID_dictionary
 
-from fedmed.dicom.codes import known
-from fedmed.dicom.confidentiality import Action, actions
-from fedmed.dicom.dates import days_earlier, shift
+from fedmed.dicom.deid.codes import known
+from fedmed.dicom.deid.confidentiality import Action, actions
+from fedmed.dicom.deid.dates import days_earlier, shift
 from fedmed.dicom.hashes import keyed_hash
 
 REMOVED = "REMOVED"

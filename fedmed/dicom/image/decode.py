@@ -10,9 +10,9 @@ from pydicom.pixels import get_decoder
 from pydicom.pixels.processing import convert_color_space
 from pydicom.uid import UID, RLELossless
 
-from fedmed.dicom.codestream import check_codestream
-from fedmed.dicom.elements import Elements
-from fedmed.dicom.layout import DOUBLE_PIXEL_DATA, FLOAT_PIXEL_DATA, PIXEL_DATA, PixelLayout
+from fedmed.dicom.image.codestream import check_codestream
+from fedmed.dicom.image.elements import Elements
+from fedmed.dicom.image.layout import DOUBLE_PIXEL_DATA, FLOAT_PIXEL_DATA, PIXEL_DATA, PixelLayout
 from fedmed.dicom.reasons import Quarantined, Reason
 
 _EXTENDED_OFFSETS, _EXTENDED_LENGTHS = 0x7FE00001, 0x7FE00002

@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.pixels import apply_color_lut
 
-from fedmed.dicom.elements import Elements, signed16
-from fedmed.dicom.layout import PixelLayout
+from fedmed.dicom.image.elements import Elements, signed16
+from fedmed.dicom.image.layout import PixelLayout
 from fedmed.dicom.reasons import Quarantined, Reason
 
 _DESCRIPTOR, _DATA = 0x00283002, 0x00283006

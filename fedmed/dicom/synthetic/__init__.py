@@ -1,0 +1,1 @@
+"""Hospitals of made-up patients, as folders of real DICOM files: for demos, benchmarks and tests."""
