@@ -19,7 +19,17 @@ def commands(
     found = []
     for name in sizes:
         source, to = Path(folder) / name, Path(ingested) / name
-        words = ["fedmed", "site", "ingest", source / "dicom", to, "--labels", source / "labels.csv", "--name", name]
+        words = [
+            "fedmed",
+            "site",
+            "ingest",
+            source / "dicom",
+            to,
+            "--labels",
+            source / "labels.csv",
+            "--name",
+            name,
+        ]
         found.append(shlex.join(map(str, words)))
     declared = ", ".join(f"{_word(name)}: {size}" for name, size in sizes.items())
     settings = [
