@@ -44,8 +44,8 @@ def test_hospitals_and_the_next_commands(npz: Path, light: Commands, tmp_path: P
     )
     assert ended.out.endswith("folder: out\n")
     assert (
-        "  fedmed site ingest out/hospital-3/dicom ingested/hospital-3 --labels out/hospital-3/labels.csv\n"
-        in ended.err
+        "  fedmed site ingest out/hospital-3/dicom ingested/hospital-3 --labels out/hospital-3/labels.csv "
+        "--name hospital-3\n" in ended.err
     )
     assert "fedmed run task=dicom model=cnn task.path=ingested 'task.positive=[pneumonia]'" in ended.err
     assert not ended.torch
