@@ -225,10 +225,12 @@ class Guard:
         return self.gate.release(Privatised(site=site, value=mechanism(), attempt=attempt))
 
     def _here(self, instruction: Instruction) -> Instruction:
-        """The instruction on this site's own table, where site.yaml names one."""
-        data = self.folder.policy.data
+        """The instruction as this site carries it out: on its own data, and in batches of its own choice."""
+        data, training = self.folder.policy.data, instruction.training
         task = instruction.task if data in (None, ANY) else replace(instruction.task, path=data)
-        return replace(instruction, task=task)
+        # A size that the coordinator chose could fill this machine's memory, which tells how many patients there are.
+        apart = replace(training, physical_batch_size=1 if self.folder.policy.patients_apart else None)
+        return replace(instruction, task=task, training=apart)
 
     def _check(self, instruction: Instruction, site: str) -> None:
         """Return if the policy allows the run.

@@ -187,6 +187,13 @@ class Policy(_Section):
         ge=0,
         le=60,
     )
+    patients_apart: bool = option(
+        True,
+        "Compute each patient's gradient by itself. In a batch with others its last bits depend on them, and weights "
+        "that a coordinator makes for it blow that up, beyond what any epsilon covers. Takes two to ten times as long "
+        "for networks with hidden layers; false: where the coordinator is trusted not to.",
+        "true or false",
+    )
     needs_approval: bool = option(
         True, "Whether a person here must approve each run before it starts.", "true or false"
     )

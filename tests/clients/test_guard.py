@@ -24,6 +24,7 @@ import strategies.run
 import strategies.sites
 from clients.folder import LEDGER
 from clients.guard import open_guard
+from fedmed.config import TrainingConfig
 from fedmed.errors import ConfigError, Interrupted
 from fedmed.privacy.account import BudgetError
 from fedmed.privacy.events import from_json
@@ -644,3 +645,21 @@ def test_metrics_with_less_noise_than_was_promised_are_not_drawn(tmp_path: Path,
     with pytest.raises(BudgetError, match="not the metrics that was promised"):
         open_guard(str(site)).evaluate(less, "a", {}, RecordDict())
     assert states(site) == before
+
+
+@pytest.mark.parametrize(("apart", "size"), [(True, 1), (False, None)])
+def test_the_site_chooses_how_many_records_are_in_memory(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, apart: bool, size: int | None
+) -> None:
+    site = make_site(tmp_path / "a", "a", held_out="none", budget=60, patients_apart=apart).path
+    asked = instruction(settings(data, "training.physical_batch_size=1000000"))
+    quoted(site, asked)
+    seen = []
+
+    def train(*_: Any, training: TrainingConfig, **__: Any) -> None:
+        seen.append(training.physical_batch_size)
+        raise ValueError
+
+    monkeypatch.setattr(clients.site, "train", train)
+    trained(site, asked)
+    assert seen == [size]
