@@ -11,7 +11,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export OMP_NUM_THREADS := 1
 
-.PHONY: help install demo test lint types test-full test-system constraints clean
+.PHONY: help install demo demo-imaging test lint types test-full test-system constraints clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | column -t -s '	'
@@ -34,6 +34,15 @@ lint: install  ## Format and lint
 
 types: install  ## Type check
 	$(BIN)/mypy
+
+demo-imaging: install  ## Three made-up hospitals: DICOM written, ingested, learned from under privacy
+	rm -rf demo-imaging && mkdir demo-imaging
+	$(BIN)/fedmed task phantoms demo-imaging/export --difficulty 0.25
+	for site in Northside Riverbank Lakeview; do \
+	    $(BIN)/fedmed site ingest demo-imaging/export/$$site/dicom demo-imaging/data/$$site \
+	        --labels demo-imaging/export/$$site/labels.csv --name $$site || exit; \
+	done
+	$(BIN)/fedmed run experiment=demo_imaging
 
 test: lint types  ## Lint, types and tests, at most 10 minutes
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile

@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from fedmed.dicom.synthetic.tree import Written
 
-NPZ_HELP = """Make hospitals out of labelled images: a folder of DICOM files and labels each.
+NPZ_HELP = """Make DICOM hospitals out of labelled images.
 
 FILE is a .npz file as MedMNIST writes it (train_images, train_labels, …; uint8; grey or RGB); OUT is a new folder.
 Patients are made up, each with images of one class. Hospitals differ in their scanners: size, bit depth, MONOCHROME1,
@@ -26,7 +26,9 @@ Examples:
   fedmed task from-npz pneumoniamnist.npz hospitals --hospitals 2 --prevalences 0.3,0.6 --json
 """
 
-PHANTOMS_HELP = """Make hospitals of synthetic chest phantoms, in part of them an opacity.
+PHANTOMS_HELP = """Make DICOM hospitals of chest phantoms.
+
+Synthetic X-rays, in part of them an opacity.
 
 OUT is a new folder: for each hospital DICOM files and labels (clear, opacity). A patient's images share the anatomy.
 

@@ -75,6 +75,10 @@ BAD: dict[str, Callable[[PlantedImages], object]] = {
     "a record with a surplus cell": text("records.csv", lambda t: t + f"9,{SAID},,,,,,,,,,,,,,,\n"),
     "a patient by name": text("records.csv", lambda t: t.replace(t.split("\n")[3].split(",")[1], f"{MARK} Ada")),
     "text for a number": text("records.csv", lambda t: t.replace(",DX,1,", f",DX,{MARK},")),
+}  # fmt: skip
+
+# Images of which none, or too few for a part, can be used: a failure would tell that nobody is there.
+NOBODY: dict[str, Callable[[PlantedImages], object]] = {
     "every label undeclared": lambda p: p.put(label=f"{MARK} positive"),
     "every label blank": lambda p: p.put(label=""),
     "every modality another": lambda p: p.put(modality=f"{MARK}"),
@@ -91,6 +95,17 @@ def test_images_that_cannot_be_used_are_one_constant(
     stage.rounds()
     assert stage.refusal is None
     assert stage.errors == [FAILED] * 3
+    check(stage, seen)
+
+
+@pytest.mark.parametrize("name", NOBODY)
+def test_whether_anybody_is_left_in_the_images_is_not_told(
+    name: str, stage: Stage, planted: PlantedImages, seen: Seen
+) -> None:
+    stage.quote()
+    NOBODY[name](planted)
+    stage.rounds()
+    assert (stage.errors, stage.refusal) == ([], None)
     check(stage, seen)
 
 
