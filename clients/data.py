@@ -114,8 +114,11 @@ def ingest_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
     """Read the export, say what became of it."""
+    from clients.data_words import in_words
     from fedmed.dicom.options import Options
+    from fedmed.errors import Interrupted, require
 
+    require(not classes or labels is not None, "--class", ",".join(classes or ()), "only with --labels")
     options = Options(
         size=size,
         modalities=tuple(modality or MODALITIES),
@@ -131,8 +134,6 @@ def ingest_command(
     )
     key = _key(site, name)
     ingest = _import_ingest()
-    from fedmed.errors import Interrupted
-
     try:
         with _progress() as progress:
             manifest = ingest(
@@ -141,7 +142,7 @@ def ingest_command(
             )  # fmt: skip
     except KeyboardInterrupt:
         raise Interrupted(f"{destination}: interrupted; the same command goes on from here") from None
-    typer.echo(_as_json(manifest) if as_json else _in_words(destination, manifest))
+    typer.echo(_as_json(manifest) if as_json else in_words(destination, manifest))
 
 
 @data.callback(help=DATA_HELP)
@@ -156,10 +157,11 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
     """Open the data set, print what its manifest says."""
+    from clients.data_words import in_words
     from fedmed.dicom.store import ImageStore
 
     manifest = ImageStore.open(folder, verify=check).manifest
-    typer.echo(_as_json(manifest) if as_json else _in_words(folder, manifest))
+    typer.echo(_as_json(manifest) if as_json else in_words(folder, manifest, checked=check))
 
 
 def _import_ingest() -> Any:
@@ -234,31 +236,3 @@ def _progress() -> "Iterator[Progress | None]":
 
 def _as_json(manifest: dict[str, Any]) -> str:
     return json.dumps(manifest, indent=2, allow_nan=False)
-
-
-def _in_words(folder: Path, manifest: dict[str, Any]) -> str:
-    """What a data set holds, for a person at the site: exact counts, which do not leave it."""
-    from fedmed.dicom.reasons import Reason
-
-    lines = [f"{folder}: {manifest['records']:,} records of {manifest['patients']:,} patients"]
-    for what in ("modality", "label", "manufacturer", "year"):
-        counts = manifest[f"by_{what}"].items()
-        told = ", ".join(f"{name or 'none'} {count:,}" for name, count in list(counts)[:12])
-        lines.append(f"  by {what}: {told}{', …' if len(counts) > 12 else ''}")
-    rows, images = manifest["labels"]["unmatched_rows"], manifest["labels"]["unmatched_images"]
-    if rows or images:
-        lines.append(f"  labels: {rows:,} row(s) fit no image; {images:,} image(s) have no row")
-    lines += [f"  note: {warning}" for warning in manifest["warnings"]]
-    if manifest["quarantine"]:
-        lines.append(
-            f"  in quarantine: {sum(manifest['quarantine'].values()):,} file(s), listed in quarantine.csv"
-        )
-        width = max(map(len, manifest["quarantine"]))
-        lines += [
-            f"    {count:>6,}  {reason:<{width}}  {Reason(reason).meaning}"
-            for reason, count in manifest["quarantine"].items()
-        ]
-    size = f"at most {manifest['size']} pixels a side" if manifest["size"] else "at their own size"
-    lines.append(f"  stored {size}; {'de-identified files beside them; ' if manifest['deidentified'] else ''}"
-                 f"sha256 {manifest['content_sha256'][:16]}…")  # fmt: skip
-    return "\n".join(lines)

@@ -1,5 +1,6 @@
 """From what was read of the single files to records: people, duplicates, volumes, labels."""
 
+import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,13 +88,27 @@ class Assembled:
         quarantine: file -> why it is in no record.
         unmatched_rows: rows of labels.csv that no record has.
         unmatched_images: records that no row of labels.csv speaks of.
+        told: of each series what its geometry is short of.
     """
 
     images: list[PendingImage]
     quarantine: dict[str, Reason]
-    warnings: list[str] = field(default_factory=list)
     unmatched_rows: int = 0
     unmatched_images: int = 0
+    told: list[list[str]] = field(default_factory=list)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What series are short of, each kind once, in the words of the first one and with the number of the others."""
+        kinds: dict[str, list[str]] = defaultdict(list)
+        for texts in self.told:
+            # Of one kind are those that differ in numbers only: `1 slice …`, `2 slices …`.
+            for kind, text in {re.sub(r"\d+|s\b", "", text): text for text in reversed(texts)}.items():
+                kinds[kind].append(text)
+        return sorted(
+            text if not others else f"{text}; the like in {len(others)} other series"
+            for text, *others in kinds.values()
+        )
 
 
 def assemble(outcomes: dict[str, Facts], labels: Labels | None, *, work: Path) -> Assembled:
@@ -133,7 +148,7 @@ def _add(made: Assembled, facts: dict[str, Facts], work: Path) -> None:
     found = geometry.assemble(
         geometry.Slice(**_tuples(one) | {"index": number}) for number, one in enumerate(slices)
     )
-    made.warnings += [*found.warnings, *(text for volume in found.volumes for text in volume.warnings)]
+    made.told.append([*found.warnings, *(text for volume in found.volumes for text in volume.warnings)])
     for volume in found.volumes:
         chosen = [planes[index] for index in volume.indices]
         used = {file: facts[file] for file, _ in chosen}

@@ -1,5 +1,6 @@
 """What a person chooses for an ingestion. No pydicom here: a wrong choice is reported before anything is loaded."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,15 +48,26 @@ class Options:
             ",".join(self.modalities) or "''",
             f"one or more of {', '.join(MODALITIES)}",
         )
-        require(
-            self.window is None or self.window[1] > 0, "--window", self.window, "CENTRE,WIDTH with WIDTH > 0"
-        )
+        if self.window is not None:
+            centre, width = self.window
+            require(
+                math.isfinite(centre) and 0 < width < math.inf,
+                "--window",
+                f"{centre:g},{width:g}",
+                "CENTRE,WIDTH with WIDTH > 0",
+            )
         require(self.burned_in in BURNED_IN, "--burned-in", self.burned_in, " | ".join(BURNED_IN))
         require(
             self.burned_in != "keep" or not self.deidentify,
             "--burned-in",
             self.burned_in,
             "refuse or mask with --deidentify: a name in the pixels is a name",
+        )
+        require(
+            self.burned_in != "keep" or not self.regions,
+            "--burned-in",
+            self.burned_in,
+            "refuse or mask with --regions: they say where text stands",
         )
         for name in ("modified_dates", "keep_uids"):
             option = f"--{name.replace('_', '-')}"

@@ -17,6 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from fedmed.atomic import write_json
+from fedmed.dicom.reasons import Reason
 from fedmed.errors import DataError
 
 FORMAT = "fedmed-images/1"
@@ -188,9 +189,26 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise _damaged(path) from None
     if isinstance(manifest, dict) and manifest.get("format") not in (None, FORMAT):
         raise DataError(f"{path}: written by another version of fedmed; ingest it again")
-    if not isinstance(manifest, dict) or not manifest.keys() >= KEYS:
+    if not isinstance(manifest, dict) or not manifest.keys() >= KEYS or not _sound(manifest):
         raise _damaged(path)
     return manifest
+
+
+def _sound(manifest: dict[str, Any]) -> bool:
+    """Whether its values are of the kinds that `write_store` writes."""
+    tables = ("by_modality", "by_label", "by_manufacturer", "by_year", "quarantine", "labels")
+    return (
+        all(type(manifest[name]) is int for name in ("size", "records", "patients"))
+        and isinstance(manifest["content_sha256"], str)
+        and all(
+            isinstance(manifest[name], dict) and all(type(count) is int for count in manifest[name].values())
+            for name in tables
+        )
+        and manifest["quarantine"].keys() <= set(Reason)
+        and manifest["labels"].keys() >= {"unmatched_rows", "unmatched_images"}
+        and isinstance(manifest["warnings"], list)
+        and all(isinstance(warning, str) for warning in manifest["warnings"])
+    )
 
 
 def content_sha256(path: Path) -> str:

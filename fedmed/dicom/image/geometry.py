@@ -204,7 +204,8 @@ def _gap_warnings(distances: NDArray[np.float64], spacing: float) -> list[str]:
     if whole.any():
         missing = int(np.rint(steps[whole]).sum() - whole.sum())
         warnings.append(
-            f"{missing} slices missing in {int(whole.sum())} gaps of a volume of {len(distances) + 1}"
+            f"{_counted(missing, 'slice')} missing in {_counted(int(whole.sum()), 'gap')} of a volume of "
+            f"{len(distances) + 1}"
         )
     other = int((irregular & ~whole).sum())
     if other:
@@ -237,5 +238,9 @@ def _series_warnings(
     if len(groups) > len(orientations):
         warnings.append(f"{len(groups)} grids of rows, columns and spacing in one series")
     for reason, count in sorted(Counter(reason for _, reason in leftovers).items()):
-        warnings.append(f"{count} slices left out: {reason}")
+        warnings.append(f"{_counted(count, 'slice')} left out: {reason}")
     return tuple(warnings)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

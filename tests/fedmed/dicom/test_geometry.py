@@ -90,7 +90,7 @@ def test_a_missing_slice_is_counted_and_the_spacing_stays():
     del slices[7]
     (volume,) = assemble(slices).volumes
     assert volume.slice_spacing == pytest.approx(2.5)
-    assert volume.warnings == ("1 slices missing in 1 gaps of a volume of 19",)
+    assert volume.warnings == ("1 slice missing in 1 gap of a volume of 19",)
     del slices[12:14]
     assert assemble(slices).volumes[0].warnings == ("3 slices missing in 2 gaps of a volume of 17",)
 
@@ -191,7 +191,7 @@ def test_a_slice_without_usable_geometry_is_left_out(damage):
     assembly = assemble(slices)
     assert assembly.leftovers == ((3, Reason.GEOMETRY_MISSING),)
     assert assembly.volumes[0].indices == (0, 1, 2, 4)
-    assert assembly.warnings == ("1 slices left out: geometry-missing",)
+    assert assembly.warnings == ("1 slice left out: geometry-missing",)
 
 
 def test_one_slice_and_none():
