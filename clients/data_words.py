@@ -25,7 +25,7 @@ def in_words(folder: Path, manifest: dict[str, Any], *, checked: bool = False) -
     if images:
         told.append(f"{counted(images, 'image')} {'has' if images == 1 else 'have'} no row")
     if told:
-        lines.append(f"  labels: {'; '.join(told)}")
+        lines.append(f"  labels: {'; '.join(told)}; see unmatched.csv")
     lines += [f"  note: {warning}" for warning in manifest["warnings"]]
     lines += _quarantine(manifest["quarantine"])
     size = f"at most {manifest['size']} pixels a side" if manifest["size"] else "at their own size"

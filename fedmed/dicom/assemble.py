@@ -86,15 +86,15 @@ class Assembled:
 
     Attributes:
         quarantine: file -> why it is in no record.
-        unmatched_rows: rows of labels.csv that no record has.
-        unmatched_images: records that no row of labels.csv speaks of.
+        unmatched_rows: lines of labels.csv that no record has.
+        unmatched_images: the first file of each record that no row of labels.csv speaks of.
         told: of each series what its geometry is short of.
     """
 
     images: list[PendingImage]
     quarantine: dict[str, Reason]
-    unmatched_rows: int = 0
-    unmatched_images: int = 0
+    unmatched_rows: list[int] = field(default_factory=list)
+    unmatched_images: list[str] = field(default_factory=list)
     told: list[list[str]] = field(default_factory=list)
 
     @property
@@ -199,7 +199,8 @@ def _label(made: Assembled, labels: Labels) -> None:
             made.quarantine |= {file: Reason.LABEL_CONFLICT for file in image.facts}
             continue
         image.label = found.pop() if found else ""
-        made.unmatched_images += not hashes
+        if not hashes:
+            made.unmatched_images.append(next(iter(image.facts)))
         kept.append(image)
     made.images = kept
-    made.unmatched_rows = len(labels.classes.keys() - used)
+    made.unmatched_rows = sorted(line for name, line in labels.lines.items() if name not in used)

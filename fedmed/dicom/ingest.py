@@ -8,7 +8,7 @@ import io
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from fedmed.errors import DataError
 
 READER = "dicom/1"
 WORK = ".ingest"
-QUARANTINE, SHEET, DEIDENTIFIED = "quarantine.csv", "contact-sheet.png", "dicom"
+QUARANTINE, UNMATCHED, SHEET, DEIDENTIFIED = "quarantine.csv", "unmatched.csv", "contact-sheet.png", "dicom"
 # Settings that change neither what is read nor what is kept of it.
 _HOW = ("workers", "seconds", "memory_mb")
 
@@ -170,8 +170,13 @@ def _write(
     counts = dict(sorted(Counter(reason.value for reason in quarantine.values()).items()))
     try:
         (destination / MANIFEST).unlink(missing_ok=True)
-        write_bytes(destination / QUARANTINE, _quarantine_csv(quarantine))
-        (destination / QUARANTINE).chmod(0o600)
+        reasons = ([path, reason.value, reason.meaning] for path, reason in sorted(quarantine.items()))
+        _write_table(destination / QUARANTINE, ["path", "reason", "meaning"], reasons)
+        unmatched = [
+            *(["row of the labels", f"line {line}"] for line in assembled.unmatched_rows),
+            *(["image", path] for path in assembled.unmatched_images),
+        ]
+        _write_table(destination / UNMATCHED, ["what", "where"], unmatched)
         if not assembled.images:
             listed = ", ".join(f"{count} x {reason}" for reason, count in counts.items())
             raise DataError(f"no image can be used ({listed}); see {destination / QUARANTINE}")
@@ -185,8 +190,8 @@ def _write(
             reader=READER,
             quarantine=counts,
             labels={
-                "unmatched_rows": assembled.unmatched_rows,
-                "unmatched_images": assembled.unmatched_images,
+                "unmatched_rows": len(assembled.unmatched_rows),
+                "unmatched_images": len(assembled.unmatched_images),
             },
             warnings=assembled.warnings,
             deidentified=options.deidentify,
@@ -215,9 +220,11 @@ def _deidentified(destination: Path, work: Path, assembled: Assembled, options: 
                 shutil.copyfile(work / DEIDENTIFIED / name, target / name)
 
 
-def _quarantine_csv(quarantine: dict[str, Reason]) -> bytes:
+def _write_table(path: Path, header: list[str], rows: Iterable[list[str]]) -> None:
+    """A CSV for the eyes of the site's engineer: it names files."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "reason", "meaning"])
-    writer.writerows([path, reason.value, reason.meaning] for path, reason in sorted(quarantine.items()))
-    return text.getvalue().encode(errors="surrogateescape")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_bytes(path, text.getvalue().encode(errors="surrogateescape"))
+    path.chmod(0o600)

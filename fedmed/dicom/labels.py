@@ -20,10 +20,12 @@ class Labels:
     Attributes:
         kind: study, instance or patient.
         classes: hash -> class, '' where the row's cell is empty.
+        lines: hash -> where in the file its row stands.
     """
 
     kind: str
     classes: dict[str, str]
+    lines: dict[str, int]
 
 
 def read_labels(
@@ -57,8 +59,12 @@ def read_labels(
         unknown = [bool(value) and value not in classes for value in values]
         _refuse(path, rows, unknown, f"have a class that is none of {', '.join(classes)} (--class)")
     kind = KEYS[named[0]]
-    hashed = (keyed_hash(key, kind, value) for value in keys)
-    return Labels(kind=kind, classes=dict(zip(hashed, values, strict=True)))
+    hashed = [keyed_hash(key, kind, value) for value in keys]
+    return Labels(
+        kind=kind,
+        classes=dict(zip(hashed, values, strict=True)),
+        lines=dict(zip(hashed, (line for line, _ in rows), strict=True)),
+    )
 
 
 def _rows(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:

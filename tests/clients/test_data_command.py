@@ -76,7 +76,7 @@ def test_an_export_is_ingested_and_shown_in_the_same_words(command: Any, ingest:
     assert out.startswith(f"{dst}: 2 records of 2 patients\n")
     for line in (
         "by label: sick 1, well 1", "by modality: DX 2", "by manufacturer: ACME 2", "by year: 2024 2",
-        "labels: 1 row fits no image", "in quarantine: 1 file, listed in quarantine.csv",
+        "labels: 1 row fits no image; see unmatched.csv", "in quarantine: 1 file, listed in quarantine.csv",
         "1  not-dicom  the file does not begin as DICOM does",
     ):  # fmt: skip
         assert f" {line}\n" in out, out

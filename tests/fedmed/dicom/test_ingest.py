@@ -51,6 +51,8 @@ def test_an_export_becomes_records_with_their_patients_and_labels(tmp_path: Path
     ]
     assert store.records["label"].tolist() == ["sick"] * 2 + ["well"] * 2 + [""] * 4
     assert store.manifest["labels"] == {"unmatched_rows": 1, "unmatched_images": 2}
+    told = (tmp_path / "dst" / "unmatched.csv").read_text().splitlines()
+    assert told == ["what,where", "row of the labels,line 5", "image,p3/0.dcm", "image,p3/1.dcm"]
     assert store.manifest["by_year"] == {"2024": 8}
     assert store.manifest["quarantine"] == {}
     # Each image's range is its own: from black to white.

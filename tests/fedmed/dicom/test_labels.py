@@ -24,6 +24,7 @@ def written(folder: Path, text: str) -> Path:
 def test_rows_are_found_by_the_hash_of_their_key(tmp_path: Path, column: str, kind: str) -> None:
     labels = read_labels(written(tmp_path, f"{column},label\n 1.2.3 ,sick\n4,\n"), key=KEY)
     assert labels.kind == kind
+    assert list(labels.lines.values()) == [2, 3]
     assert labels.classes == {keyed_hash(KEY, kind, "1.2.3"): "sick", keyed_hash(KEY, kind, "4"): ""}
 
 
