@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedmed.dicom.reasons import Reason
 from fedmed.errors import DataError
@@ -56,10 +57,10 @@ def _below(source: Path, leave_out: Path | None) -> Found:
         folder = folders.pop()
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except PermissionError:
+        except OSError as error:
             if folder == source:
                 raise
-            unread[os.fspath(folder)[above:]] = Reason.NO_PERMISSION
+            unread[os.fspath(folder)[above:]] = _why(error)
             continue
         for entry in entries:
             name = entry.path[above:]
@@ -70,31 +71,27 @@ def _below(source: Path, leave_out: Path | None) -> Found:
                 elif entry.is_file():
                     status = entry.stat()
                     files[name] = status.st_size, status.st_mtime_ns
-            except PermissionError:
-                unread[name] = Reason.NO_PERMISSION
+                elif entry.is_symlink() and not os.path.exists(entry.path):
+                    unread[name] = Reason.MISSING_FILE
+            except OSError as error:
+                unread[name] = _why(error)
     return Found(root=source, files=dict(sorted(files.items())), unread=unread)
+
+
+def _why(error: OSError) -> Reason:
+    return Reason.NO_PERMISSION if isinstance(error, PermissionError) else Reason.UNREADABLE
 
 
 def _named_by(index: Path) -> Found:
     """What a DICOMDIR names; each name below the DICOMDIR's own folder."""
-    import pydicom
-    from pydicom.errors import InvalidDicomError
-
     files: dict[str, tuple[int, int]] = {}
     unread: dict[str, Reason] = {}
-    try:
-        records = pydicom.dcmread(index).get("DirectoryRecordSequence")
-    except (InvalidDicomError, ValueError, KeyError, AttributeError, EOFError):
-        records = None
-    if records is None:
-        raise DataError(
-            f"{index}: a file and no DICOMDIR; expected the folder of a PACS export, or its DICOMDIR"
-        )
-    for record in records:
-        named = record.get("ReferencedFileID")
-        if not named:
+    for number, parts in enumerate(_names(index), start=1):
+        if parts is None:
+            unread[f"{index.name}, record {number}"] = Reason.UNREADABLE
             continue
-        parts = [named] if isinstance(named, str) else [str(part) for part in named]
+        if not parts:
+            continue
         name = os.path.join(*parts)
         if any(part in ("", ".", "..") or "/" in part or "\0" in part for part in parts):
             # Out of the folder: an export names its own files.
@@ -107,3 +104,36 @@ def _named_by(index: Path) -> Found:
             denied = isinstance(error, PermissionError)
             unread[name] = Reason.NO_PERMISSION if denied else Reason.MISSING_FILE
     return Found(root=index.parent, files=dict(sorted(files.items())), unread=unread)
+
+
+def _names(index: Path) -> list[list[str] | None]:
+    """The parts of the file name in each directory record, [] where it names none; None for a damaged record.
+
+    What pydicom says of a damaged one quotes it, so that nothing of that is let through.
+    """
+    import pydicom
+
+    from fedmed.dicom.deid.quiet import quiet
+
+    with quiet():
+        try:
+            records = pydicom.dcmread(index).get("DirectoryRecordSequence")
+            found = [_parts(record) for record in records] if records is not None else None
+        except Exception as error:
+            # An error number is the system's; whatever else is raised is the parser's.
+            if isinstance(error, OSError) and error.errno:
+                raise
+            found = None
+    if found is None:
+        raise DataError(
+            f"{index}: a file and no DICOMDIR; expected the folder of a PACS export, or its DICOMDIR"
+        )
+    return found
+
+
+def _parts(record: Any) -> list[str] | None:
+    try:
+        named = record.get("ReferencedFileID")
+        return [] if not named else [named] if isinstance(named, str) else [str(part) for part in named]
+    except Exception:
+        return None

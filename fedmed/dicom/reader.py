@@ -70,7 +70,7 @@ class Reader:
             else None
         )
         self.part = f"part-{os.getpid()}-{os.urandom(4).hex()}.bin"
-        self._pixels = (self.folder / self.part).open("ab", buffering=0)
+        self._pixels: io.FileIO | None = None
 
     def read(self, path: str) -> dict[str, Any]:
         """Facts of one image file, as JSON: keyed hashes, numbers and words that name nobody. Its pixels are stored.
@@ -149,13 +149,17 @@ class Reader:
     def _store(self, values: NDArray[Any]) -> dict[str, Any]:
         """Append values to our file, whole or not at all."""
         content = np.ascontiguousarray(values).data.cast("B")
-        start = self._pixels.tell()
+        start = None
         try:
-            written = 0
+            # Only now: a disk that takes no file at all is an outcome as well.
+            if self._pixels is None:
+                self._pixels = (self.folder / self.part).open("ab", buffering=0)
+            start, written = self._pixels.tell(), 0
             while written < len(content):
                 written += self._pixels.write(content[written:]) or 0
         except OSError as error:
-            os.ftruncate(self._pixels.fileno(), start)
+            if self._pixels is not None and start is not None:
+                os.ftruncate(self._pixels.fileno(), start)
             raise StoreFailed(error.errno, "") from None
         return {
             "part": self.part,

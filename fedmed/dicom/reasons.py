@@ -48,7 +48,7 @@ _MEANINGS = {
     Reason.NOT_DICOM: "the file does not begin as DICOM does",
     Reason.UNREADABLE: "the file is damaged, or contradicts itself in a way that no other reason names",
     Reason.NO_PERMISSION: "the file or its folder may not be read by this account",
-    Reason.MISSING_FILE: "the DICOMDIR names it, and it is not there",
+    Reason.MISSING_FILE: "the DICOMDIR or a link names it, and it is not there",
     Reason.TOO_LARGE: "reading it takes more memory than a worker may use; raise --memory",
     Reason.TOO_SLOW: "reading it took longer than a worker may take; raise --seconds",
     Reason.DECODER_CRASHED: "the decoder died of it",

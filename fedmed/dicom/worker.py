@@ -3,18 +3,25 @@
 Its first line are the settings; each further line is `[index, path]`, answered by one line `[index, outcome]`.
 """
 
+import contextlib
+import ctypes
 import errno
 import json
 import logging
 import os
 import resource
+import signal
 import sys
 import warnings
 from typing import Any
 
+# <sys/prctl.h>
+_SET_PARENT_DEATH_SIGNAL = 1
+
 
 def main() -> None:
     """Answer until the input ends."""
+    _die_with_parent()
     answers = os.fdopen(os.dup(1), "wb")
     # What pydicom or a decoder prints quotes the file.
     silence = os.open(os.devnull, os.O_WRONLY)
@@ -37,6 +44,12 @@ def main() -> None:
         index, path = json.loads(line)
         answers.write(json.dumps([index, _outcome(reader, path)]).encode() + b"\n")
         answers.flush()
+
+
+def _die_with_parent() -> None:
+    """Where the kernel can (Linux): a decoder that never returns would not notice that its input has ended."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def _outcome(reader: Any, path: str) -> dict[str, Any]:

@@ -96,16 +96,21 @@ class Workers:
                 todo.extendleft(reversed(worker.pending))
 
     def _start(self) -> None:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "fedmed.dicom.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            # A decoder's own words may quote the file.
-            stderr=subprocess.DEVNULL,
-            env=os.environ | _MEMORY | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
-            # Ctrl-C is ours to handle: a worker that ends by itself would look like a crash.
-            start_new_session=True,
-        )
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "fedmed.dicom.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                # A decoder's own words may quote the file.
+                stderr=subprocess.DEVNULL,
+                env=os.environ | _MEMORY | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+                # Ctrl-C is ours to handle: a worker that ends by itself would look like a crash.
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise DataError(
+                f"a reading process cannot start ({error.strerror}); try fewer of them: --workers"
+            ) from None
         assert process.stdin is not None
         assert process.stdout is not None
         worker = _Worker(process)

@@ -60,8 +60,8 @@ def test_help_has_examples_and_a_line_for_every_option(command: Any, words: list
     assert f"fedmed site {' '.join(words)} " in out.split("Examples:")[1]
     if words == ["ingest"]:
         for option in (
-            "--labels", "--label-column", "--class", "--site", "--name", "--size", "--modality", "--window", "--replace",
-            "--deidentify", "--modified-dates", "--keep-uids", "--burned-in", "--regions", "--workers", "--json",
+            "--labels", "--label-column", "--class", "--site", "--name", "--size", "--modality", "--window",
+            "--replace", "--deidentify", "--modified-dates", "--keep-uids", "--burned-in", "--regions", "--workers", "--json",
         ):  # fmt: skip
             assert re.search(rf"^ +{option}\b.*\S", out, re.MULTILINE), option
         assert "goes on" in out
@@ -192,7 +192,9 @@ def test_one_of_each_is_not_told_in_the_plural(ingest: Any, tmp_path: Path) -> N
 
 
 LABELS: dict[str, tuple[list[str], str, list[str], tuple[str, ...]]] = {
-    "a key twice": (["id-0,sick", "id-0,well"], "PatientID,label", [], ("2 row(s)", "share their PatientID", "line 2, 3")),
+    "a key twice": (
+        ["id-0,sick", "id-0,well"], "PatientID,label", [], ("2 row(s)", "share their PatientID", "line 2, 3"),
+    ),
     "no key": (["id-0,sick", ",well"], "PatientID,label", [], ("1 row(s)", "no PatientID", "line 3")),
     "an unknown class": (
         ["id-0,sick", "id-1,wel"], "PatientID,label", ["--class", "sick", "--class", "well"],
@@ -355,7 +357,7 @@ def test_one_flipped_bit_is_found_when_asked(command: Any, dst: Path, name: str)
     refused(command("site", "data", "show", dst, "--check"), str(dst), "damaged", "ingest it again")
 
 
-def test_what_files_say_cannot_write_on_the_terminal(command: Any, ingest: Any, tmp_path: Path) -> None:
+def test_what_files_say_cannot_write_on_the_terminal(ingest: Any, tmp_path: Path) -> None:
     write(tmp_path / "src" / "a.dcm", Manufacturer="AC\x07\x9bME")
     code, out, err = ingest(tmp_path / "src", tmp_path / "dst", "--name", "a")
     assert (code, err) == (0, "")

@@ -234,7 +234,7 @@ def test_killed_at_any_instant_it_goes_on(tmp_path: Path) -> None:
                 itertools.takewhile(lambda line: line != "40\n", itertools.islice(process.stdout, told))
             )
             # While files are read, or while the data set is written.
-            time.sleep(draws.uniform(0, 0.05))
+            time.sleep(draws.uniform(0, 0.05 if told == 1_000 else 0.005))
             process.kill()
             process.wait()
             going_on += len(lines) > 1 and int(lines[1]) > 1
