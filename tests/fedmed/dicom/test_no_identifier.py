@@ -39,7 +39,7 @@ KEY = bytes(range(100, 132))
 ROOT = "1.2.826.0.1.73918273"
 TEXT = b"ZXQ^DOE^JANE 4711"
 VALUES: dict[str, Any] = {
-    "PatientName": "Zxqname^Jane", "PatientID": "zxqid", "OtherPatientIDs": "zxqotherid", "PatientBirthDate": "19470823",
+    "PatientName": "Zxqname^Jane", "OtherPatientIDs": "zxqotherid", "PatientBirthDate": "19470823",
     "PatientBirthTime": "031415", "PatientAddress": "7 Zxqstreet", "PatientTelephoneNumbers": "zxq-555",
     "PatientMotherBirthName": "Zxqmother", "PatientComments": "zxqcomment", "AdditionalPatientHistory": "zxqhistory",
     "AccessionNumber": "ZXQ8842", "StudyID": "zxqstudy", "StudyDate": "20170919", "StudyTime": "214753.918273",
