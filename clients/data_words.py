@@ -48,7 +48,9 @@ def _listed(counts: dict[str, int]) -> str:
     if len(shown) > LONGEST:
         shown = sorted(shown, key=lambda one: -one[1])
         rest = sum(count for _, count in shown[LONGEST:])
-    told = ", ".join(f"{name or 'none'} {count:,}" for name, count in shown[:LONGEST])
+    # Unquoted, the comma in a name would begin another one.
+    names = {name: f'"{name}"' if "," in name else name or "none" for name in counts}
+    told = ", ".join(f"{names[name]} {count:,}" for name, count in shown[:LONGEST])
     return f"{told}, and {len(shown) - LONGEST} more with {rest:,}" if rest else told
 
 

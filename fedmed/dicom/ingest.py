@@ -17,7 +17,7 @@ from fedmed.atomic import write_bytes
 from fedmed.dicom.assemble import Assembled, assemble
 from fedmed.dicom.contact_sheet import contact_sheet
 from fedmed.dicom.discover import Found, discover
-from fedmed.dicom.journal import Journal
+from fedmed.dicom.journal import Journal, unwritable
 from fedmed.dicom.labels import Labels, read_labels
 from fedmed.dicom.options import Options
 from fedmed.dicom.reasons import Reason
@@ -131,10 +131,7 @@ def _read_all(
         with Workers(count, seconds=options.seconds, settings=settings) as workers:
             for index, outcome in workers.read([found.root / file for file in todo]):
                 if "fatal" in outcome:
-                    raise DataError(
-                        f"{work.parent}: cannot be written ({outcome['fatal']}); what was read is kept: make room and "
-                        "start the same command again"
-                    )
+                    raise unwritable(work.parent, outcome["fatal"])
                 file = todo[index]
                 journal.add(file, found.files[file], outcome)
                 outcomes[file] = outcome
@@ -197,10 +194,7 @@ def _write(
             deidentified=options.deidentify,
         )
     except OSError as error:
-        raise DataError(
-            f"{destination}: cannot be written ({error.strerror}); what was read is kept: make room and start the "
-            "same command again"
-        ) from None
+        raise unwritable(destination, error.strerror) from None
     shutil.rmtree(work)
     return manifest
 

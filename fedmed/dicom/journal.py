@@ -8,6 +8,13 @@ from typing import Any
 from fedmed.errors import DataError
 
 
+def unwritable(folder: Path, why: str | None) -> DataError:
+    """What is said where an ingestion cannot write on, of which nothing is lost."""
+    return DataError(
+        f"{folder}: cannot be written ({why}); what was read is kept: make room and start the same command again"
+    )
+
+
 class Journal:
     """Lines of JSON in the working folder: what the ingestion is, then an outcome for each file that was read.
 
@@ -19,7 +26,16 @@ class Journal:
 
         Args:
             about: what outcomes depend on besides the files.
+
+        Raises:
+            DataError: it cannot be read or written.
         """
+        try:
+            self._open(folder, about)
+        except OSError as error:
+            raise unwritable(folder.parent, error.strerror) from None
+
+    def _open(self, folder: Path, about: dict[str, Any]) -> None:
         self.path = folder / "journal.jsonl"
         self.outcomes: dict[str, dict[str, Any]] = {}
         lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
@@ -57,7 +73,7 @@ class Journal:
         try:
             self._file.write(json.dumps(entry, ensure_ascii=True).encode() + b"\n")
         except OSError as error:
-            raise DataError(f"{self.path.parent}: cannot be written ({error.strerror})") from None
+            raise unwritable(self.path.parent.parent, error.strerror) from None
 
 
 def _parsed(line: bytes) -> Any:

@@ -61,7 +61,8 @@ def test_help_has_examples_and_a_line_for_every_option(command: Any, words: list
     if words == ["ingest"]:
         for option in (
             "--labels", "--label-column", "--class", "--site", "--name", "--size", "--modality", "--window",
-            "--replace", "--deidentify", "--modified-dates", "--keep-uids", "--burned-in", "--regions", "--workers", "--json",
+            "--replace", "--deidentify", "--modified-dates", "--keep-uids", "--burned-in", "--regions", "--workers",
+            "--json",
         ):  # fmt: skip
             assert re.search(rf"^ +{option}\b.*\S", out, re.MULTILINE), option
         assert "goes on" in out
