@@ -78,37 +78,60 @@ class RunConsole:
     def table(self, summary: dict[str, Any]) -> None:
         """The result: what was spent and what was learned, per site and overall."""
         privacy, test = summary["privacy"], summary["test"]
-        references = summary["references"] or {}
-        table = Table(
-            title=f"{summary['task']}: {summary['model']}, {summary['adapter']}, {summary['strategy']}"
-        )
-        table.add_column("site", overflow="fold")
-        table.add_column("declared\ntraining size", justify="right")
+        title = f"{summary['task']}: {summary['model']}, {summary['adapter']}, {summary['strategy']}"
+        table = _narrow(title, "site", "declared\ntraining size")
         if privacy["private"]:
             table.add_column("epsilon\n(PLD)", justify="right")
         table.add_column("AUC*", justify="right")
         table.add_column("accuracy*", justify="right")
-        for name in references:
-            table.add_column(f"{name.replace('_', ' ')}\nAUC* / accuracy*", justify="right")
-        rows = [*((site, privacy["sites"][site], test["sites"].get(site)) for site in privacy["sites"]),
-                ("all sites", None, test)]  # fmt: skip
-        for site, spent, result in rows:
+        last = list(privacy["sites"])[-1]
+        for site, spent, result in _rows(privacy, test):
             cells = [site, str(spent["declared_size"]) if spent else str(_total(privacy))]
             if privacy["private"]:
                 epsilon = spent["epsilon"] if spent else privacy["consortium"]["one_site"]["epsilon"]
                 cells.append(f"{round_up(epsilon):.2f}")
             cells += [_figure(result, name, test["release"]) for name in ("auc", "accuracy")]
-            for reference in references.values():
-                other = reference["sites"].get(site) if spent else reference
-                cells.append(f"{_figure(other, 'auc')} / {_figure(other, 'accuracy')}")
-            table.add_row(*cells, end_section=site == list(privacy["sites"])[-1])
+            table.add_row(*cells, end_section=site == last)
         self._console.print(table)
+        if summary["references"]:
+            self._console.print(_references(summary))
         for line in footnotes(summary):
             self.say(line, style="bold red" if line.startswith("NOT PRIVATE") else "")
         comparison = units_compared(summary)
         if comparison is not None:
             self._console.print(_units(comparison))
             self.say(unit_sentence(comparison))
+
+
+def _narrow(title: str, first: str, *others: str) -> Table:
+    """Without vertical lines, so that names fit into 80 columns."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(first, overflow="fold")
+    for name in others:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _rows(privacy: dict[str, Any], result: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Each site with what it spent and its figures; all of them together last."""
+    sites = [(site, spent, result["sites"].get(site)) for site, spent in privacy["sites"].items()]
+    return [*sites, ("all sites", None, result)]
+
+
+def _references(summary: dict[str, Any]) -> Table:
+    """The references beside the run: a table of its own, since one of all figures is wider than a terminal."""
+    privacy, references = summary["privacy"], summary["references"]
+    names = [name.replace("_", " ") for name in references]
+    table = _narrow("AUC* / accuracy* beside the references", "site", "this run", *names)
+    sites = _rows(privacy, summary["test"])
+    others = [_rows(privacy, reference) for reference in references.values()]
+    for index, (site, _, result) in enumerate(sites):
+        release = summary["test"]["release"]
+        cells = [f"{_figure(result, 'auc', release)} / {_figure(result, 'accuracy', release)}"]
+        for rows in others:
+            cells.append(f"{_figure(rows[index][2], 'auc')} / {_figure(rows[index][2], 'accuracy')}")
+        table.add_row(site, *cells, end_section=index == len(sites) - 2)
+    return table
 
 
 def _units(compared: dict[str, Any]) -> Table:
