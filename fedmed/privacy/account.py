@@ -123,7 +123,9 @@ class Account:
                 raise BudgetError("the ledger belongs to a site already")
         elif kind == "cohort":
             name = values["cohort"]
-            require(bool(name) and name.isprintable() and len(name) <= 100, "cohort", name or "''", "a short name")
+            require(
+                bool(name) and name.isprintable() and len(name) <= 100, "cohort", name or "''", "a short name"
+            )
             require(values["declared_size"] >= 1, "declared_size", values["declared_size"], ">= 1")
             if name in self.cohorts:
                 raise BudgetError(f"cohort '{name}': exists already, and keeps its budget for its lifetime")
