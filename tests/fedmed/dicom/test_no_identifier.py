@@ -70,7 +70,7 @@ def values(number: int) -> dict[str, Any]:
 
 
 def lettered() -> NDArray[np.uint8]:
-    """A picture of all greys, with bytes of a name in its first row: at full range and of this size, shown unchanged."""
+    """A picture of all greys with a name in its first row; at full range and of this size it is shown unchanged."""
     made = np.arange(64 * 64).reshape(64, 64).astype(np.uint8)
     made[:8] = 0
     made[0, : len(TEXT)] = np.frombuffer(TEXT, np.uint8)
