@@ -80,6 +80,17 @@ def manifests() -> dict[tuple[str, ...], dict[str, Any]]:
     return {}
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(autouse=True)
+def _one_key(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose runs can be compared."""
+    monkeypatch.setenv("FEDMED_HOME", str(home))
+
+
 # Bytes of the disk: the pixels of some files; those of all, and no data set; those, and all but the end of it.
 SIZES = {
     "a few files": PIXELS // 4,

@@ -70,8 +70,8 @@ def values(number: int) -> dict[str, Any]:
 
 
 def lettered() -> NDArray[np.uint8]:
-    """A picture of all greys, with bytes of a name in its first row: at full range they are shown as they are."""
-    made = np.arange(32 * 32).reshape(32, 32).astype(np.uint8)
+    """A picture of all greys with a name in its first row; at full range and of this size it is shown unchanged."""
+    made = np.arange(64 * 64).reshape(64, 64).astype(np.uint8)
     made[:8] = 0
     made[0, : len(TEXT)] = np.frombuffer(TEXT, np.uint8)
     return made
@@ -103,7 +103,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
     region = Dataset()
     region.RegionSpatialFormat = region.RegionDataType = 1
     region.RegionLocationMinX0, region.RegionLocationMinY0 = 0, 8
-    region.RegionLocationMaxX1, region.RegionLocationMaxY1 = 31, 31
+    region.RegionLocationMaxX1, region.RegionLocationMaxY1 = 63, 63
     write(place / "zxqfile-text.dcm", lettered(), BurnedInAnnotation="YES", **picture, **values(4))
     write(
         place / "zxqfile-us.dcm", lettered(), Modality="US", SequenceOfUltrasoundRegions=[region],
