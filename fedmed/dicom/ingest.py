@@ -82,8 +82,8 @@ def _working_folder(destination: Path, *, replace: bool) -> Iterator[Path]:
         if destination.is_file():
             raise DataError(f"{destination}: a file; expected a folder, or a name for a new one")
         work = destination / WORK
-        if destination.is_dir() and not work.is_dir():
-            _check_destination(destination, replace=replace)
+        if destination.is_dir():
+            _check_destination(destination, begun=work.is_dir(), replace=replace)
         destination.mkdir(mode=0o700, parents=True, exist_ok=True)
         work.mkdir(mode=0o700, exist_ok=True)
         lock = (work / "lock").open("w")
@@ -97,10 +97,11 @@ def _working_folder(destination: Path, *, replace: bool) -> Iterator[Path]:
         yield work
 
 
-def _check_destination(destination: Path, *, replace: bool) -> None:
-    if (destination / MANIFEST).exists() and not replace:
-        raise DataError(f"{destination}: holds a data set already; make it anew with --replace")
-    if any(destination.iterdir()) and not (destination / MANIFEST).exists():
+def _check_destination(destination: Path, *, begun: bool, replace: bool) -> None:
+    if (destination / MANIFEST).exists():
+        if not replace:
+            raise DataError(f"{destination}: holds a data set already; make it anew with --replace")
+    elif any(destination.iterdir()) and not begun:
         raise DataError(f"{destination}: holds other files; expected a new or an empty folder")
 
 

@@ -192,6 +192,10 @@ def test_a_destination_in_use_is_not_touched(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--replace"):
         run(source, tmp_path / "dst")
     run(source, tmp_path / "dst", replace=True)
+    # Also where a second ingestion was begun and given up.
+    (tmp_path / "dst" / WORK).mkdir()
+    with pytest.raises(DataError, match="--replace"):
+        run(source, tmp_path / "dst")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     with pytest.raises(DataError, match="other files"):
