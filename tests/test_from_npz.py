@@ -47,7 +47,10 @@ def test_hospitals_and_the_next_commands(npz: Path, light: Commands, tmp_path: P
         "  fedmed site ingest out/hospital-3/dicom ingested/hospital-3 --labels out/hospital-3/labels.csv "
         "--name hospital-3\n" in ended.err
     )
-    assert "fedmed run task=dicom model=cnn task.path=ingested 'task.positive=[pneumonia]'" in ended.err
+    assert (
+        "fedmed run task=dicom model=cnn adapter=full task.path=ingested 'task.positive=[pneumonia]'"
+        in ended.err
+    )
     assert not ended.torch
     assert len(list((tmp_path / "out").rglob("*.dcm"))) == 60
     assert os.listdir(tmp_path) == ["out"]

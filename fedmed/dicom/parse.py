@@ -67,6 +67,8 @@ def _usual(content: bytes) -> Dataset | None:
         elements, _ = _cut(content, start, meta=False)
     except (struct.error, KeyError, UnicodeDecodeError, _Unusual):
         return None
+    if not elements:
+        return None
     dataset = FileDataset(
         None,  # type: ignore[arg-type]
         elements,  # type: ignore[arg-type]

@@ -409,10 +409,14 @@ def journalled(dst: Path) -> int:
     return 0
 
 
+# More than are read before a signal arrives.
+MANY = 1000
+
+
 def many(folder: Path) -> Path:
     """A few hundred files whose pixels take a while."""
-    pixels = image(512)
-    for number in range(300):
+    pixels = image(256)
+    for number in range(MANY):
         write(
             folder / f"{number:03}.dcm", pixels, PatientID=f"id-{number % 20}", StudyInstanceUID=f"1.2.{number % 20}",
             SeriesInstanceUID=f"1.2.{number % 20}.1", SOPInstanceUID=f"1.2.3.{number}",
@@ -441,12 +445,12 @@ def test_ctrl_c_leaves_one_line_no_process_and_work_that_goes_on(tmp_path: Path,
     assert err == f"error: {dst}: interrupted; the same command goes on from here\n"
     assert len(workers) == 2
     assert not any(alive(pid) for pid in workers)
-    assert 10 <= journalled(dst) < 300
+    assert 10 <= journalled(dst) < MANY
     refused(command("site", "data", "show", dst), "not finished")
     read = journalled(dst)
     done = subprocess.run(arguments(src, dst), capture_output=True, text=True, env=environment())
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(f"{dst}: 300 records of 20 patients\n")
+    assert done.stdout.startswith(f"{dst}: {MANY:,} records of 20 patients\n")
     assert not (dst / ".ingest").exists()
     assert read >= 10
 

@@ -195,7 +195,7 @@ def test_more_bins_than_20_are_refused_when_noisy() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("unit", "image"), ("bins", 1), ("noise_multiplier", -1.0), ("noise_multiplier", math.nan), ("delta", 0.0),
+    [("unit", "ward"), ("bins", 1), ("noise_multiplier", -1.0), ("noise_multiplier", math.nan), ("delta", 0.0),
      ("prevalence", 0.0)],
 )  # fmt: skip
 def test_a_plan_out_of_range_is_refused(name: str, value: object) -> None:

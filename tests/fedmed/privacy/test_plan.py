@@ -106,7 +106,7 @@ def test_a_plan_cannot_be_changed_in_place() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"sample_rate": 0.0}, {"delta": 1.0}, {"max_grad_norm": -1.0}, {"rounds": 0}, {"unit": "image"}],
+    [{"sample_rate": 0.0}, {"delta": 1.0}, {"max_grad_norm": -1.0}, {"rounds": 0}, {"unit": "ward"}],
 )
 def test_a_plan_out_of_range_is_refused(changes: dict[str, object]) -> None:
     name = next(iter(changes))
