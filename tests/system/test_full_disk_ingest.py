@@ -128,7 +128,14 @@ def test_a_disk_that_fills_up_costs_nothing_but_time(
     assert out.startswith(f"{destination}: {FILES} records of 5 patients\n")
     assert ImageStore.open(destination, verify=True).manifest == manifests[more]
     assert len(list(destination.rglob("*.dcm"))) == (FILES if more else 0)
-    left = {"manifest.json", "pixels.npy", "records.csv", "quarantine.csv", "contact-sheet.png"}
+    left = {
+        "manifest.json",
+        "pixels.npy",
+        "records.csv",
+        "quarantine.csv",
+        "unmatched.csv",
+        "contact-sheet.png",
+    }
     assert {path.name for path in destination.iterdir()} == left | ({"dicom"} if more else set())
 
 
