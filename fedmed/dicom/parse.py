@@ -77,7 +77,11 @@ def _usual(content: bytes) -> Dataset | None:
         is_implicit_VR=False,
         is_little_endian=True,
     )
-    dataset.set_original_encoding(False, True, dataset._character_set)
+    try:
+        dataset.set_original_encoding(False, True, dataset._character_set)
+    # A character set that is no text: whatever pydicom then raises.
+    except Exception:
+        return None
     return dataset
 
 
