@@ -297,6 +297,7 @@ class Guard:
                 "the budget of cohort '%s' is not set, or above site.yaml's epsilon %s", cohort.name, total
             )
             raise Refusal(Rule.BUDGET, asked=f"{plan.rounds} rounds", allowed="0")
+        self._check_same_promise(instruction.run_id, plan.rounds, metrics=histogram is not None)
         try:
             self.ledger.hold(
                 instruction.run_id, cohort=cohort.name, purpose="train", event=event, rounds=plan.rounds
@@ -322,6 +323,20 @@ class Guard:
             raise Refusal(
                 Rule.BUDGET, asked=f"{plan.rounds} rounds and metrics", allowed="no metrics"
             ) from None
+
+    def _check_same_promise(self, run: str, rounds: int, *, metrics: bool) -> None:
+        """Return if a run that is quoted again asks for all that it was promised, and so was checked as a whole.
+
+        Each quote is held against `epsilon_per_run` by itself: rounds of one and metrics of another add up to more.
+
+        Raises:
+            Refusal: it leaves out its metrics, or some of the rounds beside metrics that are new.
+        """
+        holds = self.ledger.account.holds
+        trained, drawn = holds.get((run, "train")), holds.get((run, "metrics"))
+        fewer = trained is not None and rounds < trained.rounds
+        if (drawn is not None and not metrics) or (drawn is None and metrics and fewer):
+            raise Refusal(Rule.PLAN, asked="another part of the run", allowed="all that it was promised")
 
     def _check_promised(self, instruction: Instruction, purpose: str, event: str) -> None:
         """Return if what is about to run is what the run's promise was charged for, on the patients it is charged to.

@@ -31,6 +31,7 @@ from fedmed.privacy.events import from_json
 from strategies.folder import Progress, RunFolder
 from tests.clients.sites import (
     GENEROUS,
+    LARGE,
     PRIVATE_METRICS,
     SIZES,
     account,
@@ -663,3 +664,22 @@ def test_the_site_chooses_how_many_records_are_in_memory(
     monkeypatch.setattr(clients.site, "train", train)
     trained(site, asked)
     assert seen == [size]
+
+
+@pytest.mark.parametrize("metrics_first", [True, False])
+def test_a_run_cannot_put_its_cost_together_from_several_quotes(
+    tmp_path: Path, data: Path, metrics_first: bool
+) -> None:
+    """Each fits `epsilon_per_run` alone; rounds of the one and metrics of the other would not."""
+    site = make_site(tmp_path / "a", "a", held_out="private", budget=60).path
+    noise = ("privacy.epsilon=null", "privacy.noise_multiplier=2", LARGE)
+    with_metrics = instruction(settings(data, *noise, *PRIVATE_METRICS))
+    without = instruction(settings(data, *noise, f"rounds={with_metrics.plans['a'].rounds + 1}"))
+    first, second = (with_metrics, without) if metrics_first else (without, with_metrics)
+    second = dataclasses.replace(second, run_id=first.run_id)
+    assert quoted(site, first).refusal is None
+    before = states(site)
+    answer = quoted(site, second)
+    assert answer.refusal is not None
+    assert "all that it was promised" in answer.refusal
+    assert states(site) == before

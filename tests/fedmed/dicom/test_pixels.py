@@ -143,11 +143,11 @@ def test_every_real_file_equals_pydicom_or_is_refused_for_its_reason(path):
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in FILES if path.stat().st_size < 400_000][::4], ids=lambda path: path.name
+    "path",
+    [path for path in FILES if path.stat().st_size < 400_000 and path.name not in REFUSED][::4],
+    ids=lambda path: path.name,
 )
 def test_display_equals_to_display_of_the_modality_values_and_fits_the_size(path):
-    if path.name in REFUSED:
-        pytest.skip("refused")
     display = read_frames(pydicom.dcmread(path), size=48, modality_values=False)
     modality = read_frames(pydicom.dcmread(path), size=48, modality_values=True)
     assert max(display.values.shape[1:3]) <= 48
