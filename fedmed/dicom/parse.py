@@ -113,9 +113,8 @@ def _cut(content: bytes, at: int, *, meta: bool) -> tuple[Elements, int]:
             if at > end or group == 0xFFFE or (tag == _PIXEL_DATA and head == 8):
                 raise _Unusual
             value = content[start:at] if length else empty_value_for_VR(vr.decode(), raw=True)  # type: ignore[assignment]
-        elements[BaseTag(tag)] = RawDataElement(
-            BaseTag(tag), vr.decode(), length, value, start, False, True, True
-        )
+        name = BaseTag(tag)
+        elements[name] = RawDataElement(name, vr.decode(), length, value, start, False, True, True)
     return elements, at
 
 

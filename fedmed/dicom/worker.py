@@ -6,6 +6,7 @@ Its first line are the settings; each further line is `[index, path]`, answered 
 import contextlib
 import ctypes
 import errno
+import gc
 import json
 import logging
 import os
@@ -38,6 +39,8 @@ def main() -> None:
     # A crash is an outcome, not a gigabyte on the disk.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     reader = Reader(settings)
+    # What is imported stays: the collector need not go through it again and again.
+    gc.freeze()
     answers.write(b"ready\n")
     answers.flush()
     for line in lines:

@@ -46,7 +46,9 @@ def grey_frame(
             to_display(values, window, inverted=inverted, out=out[at])
 
     if out.shape != stored.shape:
-        finish(resample(read, rows, columns, (out.shape[0], out.shape[1])), slice(None))
+        # What a decoder yields may hold more than the bits that the file states.
+        bits = layout.bits_stored if layout.native else None
+        finish(resample(read, rows, columns, (out.shape[0], out.shape[1]), bits=bits), slice(None))
         return
     if (
         window is not None

@@ -49,19 +49,26 @@ def row_blocks(rows: int, values_per_row: int) -> Iterator[tuple[int, int]]:
 
 
 def resample(
-    read: ReadRows, rows: int, columns: int, shape: tuple[int, int], *, channels: int = 1
+    read: ReadRows,
+    rows: int,
+    columns: int,
+    shape: tuple[int, int],
+    *,
+    channels: int = 1,
+    bits: int | None = None,
 ) -> NDArray[np.float32]:
     """The image that `read` yields, (rows, columns), at `shape` = (fewer rows, fewer columns); channels last if not 1.
 
     Each result is the mean over its area of the image (partly covered pixels by their part), so that nothing aliases.
-    Padding takes no part in a mean; a result of which at least half is padding is NaN.
+    Padding takes no part in a mean; a result of which at least half is padding is NaN. `bits`: where what `read` yields
+    are integers, how many of their bits are in use at most; None: any.
     """
     if channels == 1 and rows % shape[0] == columns % shape[1] == 0 and rows * columns <= _WHOLE:
         values, padding = read(0, rows)
-        means = _boxes(values, rows // shape[0], columns // shape[1])
+        means = _boxes(values, rows // shape[0], columns // shape[1], bits=bits)
         if padding is None:
             return means
-        return _without(means, _boxes(padding, rows // shape[0], columns // shape[1]))
+        return _without(means, _boxes(padding, rows // shape[0], columns // shape[1], bits=1))
     total = np.zeros((shape[0], columns * channels), np.float32)
     padded: NDArray[np.float32] | None = None
     for first, last, top, bottom, weights in _row_bands(rows, shape[0], columns * channels):
@@ -76,12 +83,19 @@ def resample(
     return result.reshape(*shape, channels) if channels > 1 else result
 
 
-def _boxes(values: NDArray, height: int, width: int) -> NDArray[np.float32]:
+def _boxes(values: NDArray, height: int, width: int, *, bits: int | None) -> NDArray[np.float32]:
     """Means of boxes of `height` x `width` values: where the size is a whole part of the image's, as of most CT."""
-    # A mask's sums fit a byte where its boxes are not very high; a product adds up columns twice as fast as slices do.
-    small = values.dtype == np.bool_ and height < 1 << 8
-    rows = [(values.view(np.uint8) if small else values)[row::height] for row in range(height)]
-    kind: type = np.uint8 if small else np.float32
+    if values.dtype == np.bool_:
+        values = values.view(np.uint8)
+    # Sums of a column that fit the type are added up in it, several at once; a product adds up columns twice as fast as
+    # slices do.
+    fits = (
+        bits is not None
+        and values.dtype.kind in "iu"
+        and bits + (height - 1).bit_length() <= 8 * values.itemsize
+    )
+    kind = values.dtype.newbyteorder("=") if fits else np.dtype(np.float32)
+    rows = [values[row::height] for row in range(height)]
     total: NDArray = np.add(rows[0], rows[1], dtype=kind) if height > 1 else rows[0].astype(kind)
     for row in rows[2:]:
         total += row
