@@ -83,17 +83,6 @@ def combine_patients(grad_sample: Tensor, patient_of_record: Tensor, patients: i
     return combined / counts.view(-1, *[1] * (combined.dim() - 1))
 
 
-def drop_non_finite(gradients: list[Tensor]) -> list[Tensor]:
-    """The gradients with every patient zeroed who has a NaN or infinite entry in any of them.
-
-    Without this one patient's NaN destroys every weight: a clip factor times NaN is NaN.
-    """
-    if not gradients or len(gradients[0]) == 0:
-        return gradients
-    finite = torch.stack([torch.isfinite(g.flatten(1)).all(dim=1) for g in gradients]).all(dim=0)
-    return [torch.where(finite.view(-1, *[1] * (g.dim() - 1)), g, torch.zeros_like(g)) for g in gradients]
-
-
 def private_step(
     model: GradSampleModule,
     optimizer: PatientOptimizer,
@@ -110,7 +99,7 @@ def private_step(
     for losses, patient_of_record, patients in chunks:
         losses.sum().backward()
         combined = [combine_patients(p.grad_sample, patient_of_record, patients) for p in parameters]
-        _accumulate(optimizer, parameters, drop_non_finite(combined))
+        _accumulate(optimizer, parameters, combined)
     # A last, empty chunk takes the step, so that empty and full batches go the same way.
     for p in parameters:
         p.grad_sample = torch.zeros(0, *p.shape, dtype=p.dtype, device=p.device)

@@ -44,6 +44,6 @@ def group_epsilon(plan: PrivacyPlan, *, units: int) -> float:
         sensitivities=tuple(float(i) for i in drawn),
         sampling_probs=tuple(float(p) for p in binom.pmf(drawn, units, plan.sample_rate)),
     )
-    ledger = PLDAccountant(value_discretization_interval=min(0.1, max(1e-3, rough / 1000)))
+    ledger = PLDAccountant(value_discretization_interval=min(0.1, max(1e-3, rough / 200)))
     ledger.compose(SelfComposedDpEvent(step, plan.steps))
     return float(ledger.get_epsilon(plan.delta * (1 - NUMERICAL_SHARE)))

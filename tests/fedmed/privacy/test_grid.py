@@ -135,9 +135,9 @@ def test_a_patient_s_norm_does_not_depend_on_who_is_beside_it() -> None:
     torch.manual_seed(3)
     for entries in (1, 17, 5_000, BLOCK_ENTRIES + 5):
         gradients = torch.randn(9, entries)
-        together = _squares(gradients)
-        assert torch.equal(together, torch.cat([_squares(g[None]) for g in gradients]))
-        assert torch.equal(together[2:5], _squares(gradients[2:5]))
+        together = _squares([gradients])
+        assert torch.equal(together, torch.cat([_squares([g[None]]) for g in gradients]))
+        assert torch.equal(together[2:5], _squares([gradients[2:5]]))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
