@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -15,6 +14,7 @@ from fedmed.config import TrainingConfig
 from fedmed.data.dataset import SiteDataset
 from fedmed.models.classifier import INFERENCE_BATCH, Arrays, Batch, Classifier, select
 from fedmed.privacy.dpsgd import PatientOptimizer, check_sound, private_step
+from fedmed.privacy.patient_gradients import PatientGradients
 from fedmed.privacy.plan import PrivacyPlan, check_sampler
 from fedmed.privacy.randomness import RandomSource
 
@@ -131,7 +131,7 @@ def _train_private(
     # Whatever a seed repeats is NOT PRIVATE, and has no delta.
     if source.private:
         check_sampler([plan], parameters=model.trainable)
-    wrapped = GradSampleModule(model, loss_reduction="sum")
+    wrapped = PatientGradients(model)
     private = PatientOptimizer(optimizer, plan=plan, source=source)
     private.attach_step_hook(pull_back)
     limit = _physical_batch(model, training)
@@ -142,9 +142,9 @@ def _train_private(
                 wrapped, private, ((_losses(wrapped, data, rows), of, count) for rows, of, count in chunks)
             )
     finally:
-        wrapped.remove_hooks()
+        wrapped.close()
         for p in model.parameters():
-            for name in ("grad_sample", "summed_grad", "_forward_counter"):
+            for name in ("grad_sample", "summed_grad"):
                 if hasattr(p, name):
                     delattr(p, name)
             p.grad = None
@@ -209,7 +209,7 @@ def _chunk(rows: list[NDArray[np.int64]]) -> tuple[Tensor, Tensor, int]:
     return torch.from_numpy(np.concatenate(rows)), torch.from_numpy(patient), len(rows)
 
 
-def _losses(model: nn.Module, data: LocalData, rows: Tensor) -> Tensor:
+def _losses(model: Callable[..., Tensor], data: LocalData, rows: Tensor) -> Tensor:
     """(records,) binary cross-entropy: a sum over patients, so that each has a gradient of its own."""
     logits = model(**select(data.batch, rows))
     return functional.binary_cross_entropy_with_logits(logits, data.labels[rows], reduction="none")

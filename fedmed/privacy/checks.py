@@ -8,7 +8,6 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from opacus.grad_sample import GradSampleModule
 from scipy import stats
 
 from fedmed.config import TrainingConfig
@@ -16,6 +15,7 @@ from fedmed.models.classifier import Arrays, Classifier
 from fedmed.privacy.bound import lower_bound, right_guesses
 from fedmed.privacy.canaries import WEIGHT, CanaryModel, Counted, canary_data, coupled
 from fedmed.privacy.dpsgd import PatientOptimizer, private_step
+from fedmed.privacy.patient_gradients import PatientGradients
 from fedmed.privacy.plan import PrivacyPlan
 from fedmed.privacy.randomness import RandomSource
 from fedmed.training import LocalData, LocalUpdate
@@ -127,7 +127,7 @@ def _bytes_read(bench: Bench, patients: int, source: RandomSource) -> tuple[int,
     model = CanaryModel(bench.width)
     optimizer = torch.optim.SGD(model.parameters(), lr=bench.learning_rate)
     private = PatientOptimizer(optimizer, plan=bench.plan, source=step.counting())
-    private_step(GradSampleModule(model, loss_reduction="sum"), private, [])
+    private_step(PatientGradients(model), private, [])
     return sampling.total, step.total
 
 

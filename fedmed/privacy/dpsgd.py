@@ -1,10 +1,9 @@
 """DP-SGD with the patient as the unit: combine a patient's gradients, then clip (privacy.md, rules 4 to 8).
 
-Opacus computes per-record gradients and steps the optimizer; here a patient's gradients are combined
-before they are clipped, summed and noised as integers, and the noise comes from the site's own source.
+Opacus's optimizer takes the steps, on gradients that are each patient's (`fedmed.privacy.patient_gradients`); they are
+clipped, summed and noised as integers, and the noise comes from the site's own source.
 """
 
-import warnings
 from collections.abc import Iterable
 
 import torch
@@ -15,11 +14,9 @@ from torch import Tensor, nn
 
 from fedmed.errors import PrivacyError
 from fedmed.privacy.clipping import clipped_sum, noised
+from fedmed.privacy.patient_gradients import PatientGradients
 from fedmed.privacy.plan import PrivacyPlan
 from fedmed.privacy.randomness import RandomSource
-
-# The head's input needs no gradient, which is what the cache is for; the hook's result is right all the same.
-warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
 
 
 class PatientOptimizer(DPOptimizer):
@@ -65,26 +62,8 @@ class PatientOptimizer(DPOptimizer):
         self._patients = 0
 
 
-def combine_patients(grad_sample: Tensor, patient_of_record: Tensor, patients: int) -> Tensor:
-    """Per-patient gradients: the mean over the records that a patient has in this step.
-
-    Args:
-        grad_sample: (records, *shape).
-        patient_of_record: (records,) int64 in [0, patients).
-
-    Returns:
-        (patients, *shape).
-    """
-    combined = torch.zeros(
-        patients, *grad_sample.shape[1:], dtype=grad_sample.dtype, device=grad_sample.device
-    )
-    combined.index_add_(0, patient_of_record, grad_sample)
-    counts = torch.bincount(patient_of_record, minlength=patients).clamp(min=1).to(grad_sample.dtype)
-    return combined / counts.view(-1, *[1] * (combined.dim() - 1))
-
-
 def private_step(
-    model: GradSampleModule,
+    model: PatientGradients,
     optimizer: PatientOptimizer,
     chunks: Iterable[tuple[Tensor, Tensor, int]],
 ) -> None:
@@ -95,13 +74,10 @@ def private_step(
             patient lies in one chunk. They are consumed one at a time: the sum of the clipped gradients
             does not depend on how the batch was split, to the last bit.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
     for losses, patient_of_record, patients in chunks:
-        losses.sum().backward()
-        combined = [combine_patients(p.grad_sample, patient_of_record, patients) for p in parameters]
-        _accumulate(optimizer, parameters, combined)
+        _accumulate(optimizer, model.parameters, model.combine(losses, patient_of_record, patients))
     # A last, empty chunk takes the step, so that empty and full batches go the same way.
-    for p in parameters:
+    for p in model.parameters:
         p.grad_sample = torch.zeros(0, *p.shape, dtype=p.dtype, device=p.device)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

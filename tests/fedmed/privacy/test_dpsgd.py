@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import pytest
 import torch
-from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
@@ -17,10 +16,10 @@ from fedmed.models.classifier import Classifier
 from fedmed.privacy.dpsgd import (
     PatientOptimizer,
     check_sound,
-    combine_patients,
     private_step,
 )
 from fedmed.privacy.gaussian import BYTES_PER_VALUE
+from fedmed.privacy.patient_gradients import Owners, PatientGradients
 from fedmed.privacy.randomness import RandomSource, seeded
 from tests.fedmed.privacy.test_accounting import make
 
@@ -118,9 +117,9 @@ def step(
     seen: dict[str, Tensor] = {}
     optimizer.attach_step_hook(lambda _: seen.update({n: p.grad.clone() for n, p in model.adapter().items()}))
     before = {name: p.detach().clone() for name, p in model.adapter().items()}
-    wrapped = GradSampleModule(model, loss_reduction="sum")
+    wrapped = PatientGradients(model)
     private_step(wrapped, optimizer, batch(wrapped))
-    wrapped.remove_hooks()
+    wrapped.close()
     assert optimizer.noise_draws == 1
     for name, p in model.adapter().items():
         assert torch.allclose(p, before[name] - seen[name])
@@ -176,7 +175,8 @@ def clipped_norm(gradients: Tensor, patients: Tensor, number: int) -> Tensor:
         plan=plan,
         source=Silent,  # type: ignore[arg-type]
     )
-    combined = combine_patients(gradients[:, None], patients, number)
+    counts = torch.bincount(patients, minlength=number)
+    combined = Owners.of(patients, number).sum((gradients / counts[patients, None])[:, None])
     layer.weight.grad_sample = combined  # type: ignore[attr-defined]
     optimizer.pre_step()
     assert layer.weight.grad is not None

@@ -1,0 +1,42 @@
+"""Per-patient gradients of a convolution without those of each image."""
+
+import torch
+from opacus.grad_sample.conv import compute_conv_grad_sample
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedmed.privacy.patient_gradients import PATIENT_RULES, Owners
+
+
+def conv2d(layer: nn.Conv2d, images: Tensor, backprops: Tensor, owners: Owners) -> dict[nn.Parameter, Tensor]:
+    """One matrix product a patient, over the places of all its images: its gradient is written once, not once an image.
+
+    Args:
+        images: (records, channels, rows, columns).
+        backprops: (records, width, rows, columns).
+    """
+    if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        per_record = compute_conv_grad_sample(layer, [images], backprops)
+        return {p: owners.sum(values) for p, values in per_record.items()}
+    flat = backprops.flatten(2)
+    found: dict[nn.Parameter, Tensor] = {}
+    if layer.bias is not None and layer.bias.requires_grad:
+        found[layer.bias] = owners.sum(flat.sum(dim=2))
+    if not layer.weight.requires_grad:
+        return found
+    patches = functional.unfold(images, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+    summed = flat.new_zeros(owners.patients, flat.shape[1], patches.shape[1])
+    first = 0
+    for rows in owners.groups:
+        last = first + len(rows)
+        own = (
+            values[rows.flatten()].unflatten(0, rows.shape).transpose(1, 2).flatten(2)
+            for values in (flat, patches)
+        )
+        left, right = own
+        torch.bmm(left, right.transpose(1, 2), out=summed[first:last])
+        first = last
+    return {layer.weight: summed.view(-1, *layer.weight.shape), **found}
+
+
+PATIENT_RULES[nn.Conv2d] = conv2d
