@@ -8,7 +8,7 @@ from torch.nn import functional
 from fedmed.privacy.patient_gradients import PATIENT_RULES, Owners
 
 
-def conv2d(layer: nn.Conv2d, images: Tensor, backprops: Tensor, owners: Owners) -> dict[nn.Parameter, Tensor]:
+def conv2d(layer: nn.Conv2d, images: Tensor, backprops: Tensor, owners: Owners) -> dict[Tensor, Tensor]:
     """One matrix product a patient, over the places of all its images: its gradient is written once, not once an image.
 
     Args:
@@ -19,7 +19,7 @@ def conv2d(layer: nn.Conv2d, images: Tensor, backprops: Tensor, owners: Owners) 
         per_record = compute_conv_grad_sample(layer, [images], backprops)
         return {p: owners.sum(values) for p, values in per_record.items()}
     flat = backprops.flatten(2)
-    found: dict[nn.Parameter, Tensor] = {}
+    found: dict[Tensor, Tensor] = {}
     if layer.bias is not None and layer.bias.requires_grad:
         found[layer.bias] = owners.sum(flat.sum(dim=2))
     if not layer.weight.requires_grad:

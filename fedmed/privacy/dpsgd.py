@@ -78,7 +78,7 @@ def private_step(
         _accumulate(optimizer, model.parameters, model.combine(losses, patient_of_record, patients))
     # A last, empty chunk takes the step, so that empty and full batches go the same way.
     for p in model.parameters:
-        p.grad_sample = torch.zeros(0, *p.shape, dtype=p.dtype, device=p.device)
+        p.grad_sample = torch.zeros(0, *p.shape, dtype=p.dtype, device=p.device)  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

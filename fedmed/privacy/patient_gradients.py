@@ -51,7 +51,7 @@ class Owners:
 
 # A layer's (patients, *shape) gradients from its input, its output's gradient and the owners of the records, where
 # that is cheaper than to add up what Opacus gives for each record.
-Rule = Callable[[Any, Tensor, Tensor, Owners], dict[nn.Parameter, Tensor]]
+Rule = Callable[[Any, Tensor, Tensor, Owners], dict[Tensor, Tensor]]
 PATIENT_RULES: dict[type[nn.Module], Rule] = {}
 
 
@@ -96,7 +96,7 @@ class PatientGradients:
         calls, self._calls = self._calls, []
         # Of the layers' outputs and not of the parameters: autograd then computes no gradient of the whole batch.
         outputs = torch.autograd.grad(mean, [output for *_, output in calls], allow_unused=True)
-        found: dict[nn.Parameter, Tensor] = {}
+        found: dict[Tensor, Tensor] = {}
         for (module, inputs, _), gradient in zip(calls, outputs, strict=True):
             if gradient is None:
                 continue
@@ -114,7 +114,7 @@ class PatientGradients:
 
 def _by_patient(
     module: nn.Module, inputs: list[Tensor], gradient: Tensor, owners: Owners
-) -> dict[nn.Parameter, Tensor]:
+) -> dict[Tensor, Tensor]:
     if type(module) in PATIENT_RULES:
         return PATIENT_RULES[type(module)](module, inputs[0], gradient, owners)
     per_record = GradSampleModule.GRAD_SAMPLERS[type(module)](module, inputs, gradient)
