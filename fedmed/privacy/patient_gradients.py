@@ -5,12 +5,14 @@ next layer's are computed, and the backward pass leaves out the batch's gradient
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
+
+from fedmed.errors import PrivacyError
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,36 @@ Rule = Callable[[Any, Tensor, Tensor, Owners], dict[Tensor, Tensor]]
 PATIENT_RULES: dict[type[nn.Module], Rule] = {}
 
 
+@dataclass(frozen=True)
+class _Call:
+    """What a trainable layer read and wrote."""
+
+    module: nn.Module
+    inputs: list[Tensor]
+    output: Tensor
+    versions: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "versions", self._versions())
+
+    def _versions(self) -> list[int]:
+        return [value._version for value in (*self.inputs, self.output)]
+
+    def check(self) -> None:
+        """Raise PrivacyError where a later layer wrote over them: the gradient would be of something else."""
+        if self._versions() != self.versions:
+            raise PrivacyError(
+                f"a layer after a trainable {type(self.module).__name__} works in place (for example "
+                "ReLU(inplace=True)), so that no gradient of one patient can be taken; set inplace=False"
+            )
+
+
 class PatientGradients:
     """A network that remembers what its trainable layers read and wrote, and nothing more: call it as the network."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._calls: list[tuple[nn.Module, list[Tensor], Tensor]] = []
+        self._calls: list[_Call] = []
         trainable = (
             module
             for module in model.modules()
@@ -75,7 +101,7 @@ class PatientGradients:
 
     def _remember(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         if torch.is_grad_enabled():
-            self._calls.append((module, [value.detach() for value in inputs], output))
+            self._calls.append(_Call(module, [value.detach() for value in inputs], output))
 
     def combine(self, losses: Tensor, patient_of_record: Tensor, patients: int) -> list[Tensor]:
         """Each patient's gradient of the mean loss over the records that it has here, by parameter.
@@ -95,12 +121,14 @@ class PatientGradients:
         mean = (losses / counts[patient_of_record]).sum()
         calls, self._calls = self._calls, []
         # Of the layers' outputs and not of the parameters: autograd then computes no gradient of the whole batch.
-        outputs = torch.autograd.grad(mean, [output for *_, output in calls], allow_unused=True)
+        for call in calls:
+            call.check()
+        outputs = torch.autograd.grad(mean, [call.output for call in calls], allow_unused=True)
         found: dict[Tensor, Tensor] = {}
-        for (module, inputs, _), gradient in zip(calls, outputs, strict=True):
+        for call, gradient in zip(calls, outputs, strict=True):
             if gradient is None:
                 continue
-            for p, own in _by_patient(module, inputs, gradient, owners).items():
+            for p, own in _by_patient(call.module, call.inputs, gradient, owners).items():
                 if p.requires_grad:
                     found[p] = found[p] + own if p in found else own
         return [found[p] if p in found else p.new_zeros(patients, *p.shape) for p in self.parameters]

@@ -11,7 +11,13 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from fedmed.errors import PrivacyError
-from fedmed.privacy.accounting import calibrate_noise, composed_epsilon, epsilon_of, round_up
+from fedmed.privacy.accounting import (
+    NUMERICAL_SHARE,
+    calibrate_noise,
+    composed_epsilon,
+    epsilon_of,
+    round_up,
+)
 from fedmed.privacy.plan import PrivacyPlan
 from tests.evidence import figure
 
@@ -41,6 +47,22 @@ def test_epsilon_agrees_with_dp_accounting(changes: dict[str, float], name: str,
     alone = independent(plan, accountant)
     assert plan.epsilon(accountant=name) == pytest.approx(alone, rel=0.01)
     figure(f"{name} {changes}", f"epsilon {plan.epsilon(accountant=name):.5f}, called alone {alone:.5f}")
+
+
+@pytest.mark.parametrize("sites", [1, 3])
+def test_equal_steps_counted_together_cost_what_the_accountant_says_of_each(sites: int) -> None:
+    """What is kept from one question to the next may not change an answer."""
+    step = dp_accounting.PoissonSampledDpEvent(0.1, dp_accounting.GaussianDpEvent(1.3))
+    other = dp_accounting.PoissonSampledDpEvent(0.3, dp_accounting.GaussianDpEvent(4.0))
+    for events in (
+        [dp_accounting.SelfComposedDpEvent(step, 17)] * sites,
+        [dp_accounting.SelfComposedDpEvent(step, 17)] * sites + [dp_accounting.SelfComposedDpEvent(other, 3)],
+    ):
+        ledger = PLDAccountant(neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+        for event in events:
+            ledger.compose(event)
+        alone = ledger.get_epsilon(1e-5 * (1 - NUMERICAL_SHARE))
+        assert composed_epsilon(events, delta=1e-5) == pytest.approx(alone, rel=1e-6)
 
 
 @pytest.mark.parametrize(("noise", "steps"), [(10.0, 10), (4.0, 10), (2.4, 20)])

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import fedmed.models.patient_conv  # noqa: F401
+from fedmed.errors import PrivacyError
 from fedmed.privacy.patient_gradients import PATIENT_RULES, Owners, PatientGradients
 
 # Unordered, of 1 to 3 records; patient 4 has none.
@@ -78,6 +79,28 @@ def test_owners_group_patients_by_their_number_of_records() -> None:
         range(len(PATIENTS))
     )
     assert owners.sum(torch.ones(len(PATIENTS))).tolist() == [1, 1, 2, 2, 3, 0]
+
+
+@pytest.mark.parametrize("spoil", ["output", "input"])
+def test_layers_that_work_in_place_are_refused(spoil: str) -> None:
+    """Autograd would give the gradient of what stands there now, without a word."""
+
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 1)
+
+        def forward(self, values: Tensor) -> Tensor:
+            hidden = self.first(values)
+            if spoil == "output":
+                return self.second(hidden.relu_()).squeeze(1)
+            values.mul_(2)
+            return self.second(hidden).squeeze(1)
+
+    wrapped = PatientGradients(InPlace())
+    losses = wrapped(values=torch.randn(2, 3))
+    with pytest.raises(PrivacyError, match="in place"):
+        wrapped.combine(losses, torch.tensor([0, 1]), 2)
 
 
 def test_nothing_is_left_on_the_network() -> None:
