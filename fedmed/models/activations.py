@@ -1,0 +1,246 @@
+"""What the frozen part of a model makes of a site's records, kept in memory-mapped files between rounds and runs.
+
+An entry is found by everything that its values depend on: the weights, what is done before them, how far they are
+run, and the records themselves. Nothing else finds it, so that a wrong entry is never read. The files hold what was
+computed from patients' records: they belong where the records are, and are as private.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+log = logging.getLogger("fedmed.cache")
+
+SUFFIX = ".activations"
+_MAGIC = b"fedmed activations 1\n"
+# Payloads begin at a multiple of it.
+_PAGE = 4096
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+Pieces = Callable[[], Iterator[Tensor]]
+
+
+@dataclass(frozen=True)
+class ActivationCache:
+    """Entries in a folder, the longest unused removed where they would take more than `max_bytes` together.
+
+    Attributes:
+        folder: private to its owner; made when it is first written to.
+        max_bytes: of all entries; one that is larger by itself is computed and not kept.
+    """
+
+    folder: Path
+    max_bytes: int
+
+    def tensor(
+        self, key: dict[str, Any], *, records: str, rows: int, dtype: torch.dtype, pieces: Pieces
+    ) -> Tensor:
+        """(rows, …) of `dtype`: the entry, or what `pieces` compute, which is then kept.
+
+        Where it cannot be kept (it is too large, the disk is full or cannot be written) it is computed in memory: the
+        values are the same.
+
+        Args:
+            key: all that the values depend on besides the records, as JSON; its `source` says of which data they are.
+            records: a digest of the records, in their order.
+            pieces: yields the rows in order, some at a time; may be called more than once.
+        """
+        path = self.folder / (_digest(key, records) + SUFFIX)
+        found = _read(path)
+        if found is not None:
+            return found
+        try:
+            self._write(path, key, records, rows=rows, dtype=dtype, pieces=pieces)
+            found = _read(path)
+        except _TooLarge as error:
+            log.info("activations of %.1f GB are not kept: the cache holds %.1f", *error.args)
+        except OSError as error:
+            log.warning(
+                "activations are computed anew in every process: the cache cannot be written (%s)",
+                error.strerror,
+            )
+        if found is not None:
+            return found
+        return torch.cat([saturated(piece, dtype) for piece in pieces()])
+
+    def entries(self) -> list[Path]:
+        """The files of all entries, the longest unused first."""
+        found = []
+        with contextlib.suppress(FileNotFoundError):
+            for path in self.folder.glob(f"*{SUFFIX}"):
+                # Another process may have removed it.
+                with contextlib.suppress(FileNotFoundError):
+                    found.append((path.stat().st_mtime_ns, path))
+        return [path for _, path in sorted(found)]
+
+    def clear(self) -> int:
+        """Remove every entry, and return the bytes that they took."""
+        freed = 0
+        for path in self.entries():
+            freed += _remove(path)
+        return freed
+
+    def _write(
+        self, path: Path, key: dict[str, Any], records: str, *, rows: int, dtype: torch.dtype, pieces: Pieces
+    ) -> None:
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._remove_of_earlier_records(key, records)
+        descriptor, name = tempfile.mkstemp(dir=self.folder, prefix=".", suffix=".part")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                about: dict[str, Any] = {}
+                checksum, done = 0, 0
+                for piece in pieces():
+                    if not about:
+                        shape = [rows, *piece.shape[1:]]
+                        about = {
+                            "source": _source(key),
+                            "records": records,
+                            "shape": shape,
+                            "dtype": _name(dtype),
+                        }
+                        checksum = _checksum(about)
+                        self._make_room(_size(about))
+                        file.seek(_PAGE)
+                    content = _bytes(saturated(piece, dtype))
+                    checksum = zlib.crc32(content, checksum)
+                    file.write(content)
+                    done += len(piece)
+                if done != rows:
+                    raise ValueError(f"{done} rows of {rows} were computed")
+                file.seek(0)
+                file.write((_MAGIC + json.dumps(about | {"checksum": checksum}).encode()).ljust(_PAGE))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+            raise
+
+    def _make_room(self, size: int) -> None:
+        if size > self.max_bytes:
+            raise _TooLarge(size / 1e9, self.max_bytes / 1e9)
+        sizes = {}
+        for path in self.entries():
+            with contextlib.suppress(FileNotFoundError):
+                sizes[path] = path.stat().st_size
+        total = sum(sizes.values())
+        for path in sizes:
+            if total + size <= self.max_bytes:
+                return
+            total -= sizes[path]
+            # Whoever has it mapped keeps it until it is done.
+            _remove(path)
+
+    def _remove_of_earlier_records(self, key: dict[str, Any], records: str) -> None:
+        """A patient who was taken out of the data is taken out of what was computed from it."""
+        for path in self.entries():
+            header = _parse(path)
+            if header is not None and header["source"] == _source(key) and header["records"] != records:
+                _remove(path)
+
+
+class _TooLarge(Exception):
+    pass
+
+
+def saturated(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """`values` as `dtype`, each by itself: one that is too large becomes the largest there is and not infinite.
+
+    Were a wider type taken for all where one does not fit, one patient's record would change every other's values.
+    """
+    if dtype == torch.float16:
+        largest = torch.finfo(dtype).max
+        values = values.clamp(-largest, largest)
+    return values.to(dtype)
+
+
+def digest_of(tensors: dict[str, Tensor]) -> str:
+    """Of the records as the model reads them: names, types, shapes and every byte."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _digest(key: dict[str, Any], records: str) -> str:
+    return hashlib.sha256(json.dumps([key, records], sort_keys=True).encode()).hexdigest()
+
+
+def _source(key: dict[str, Any]) -> str:
+    return hashlib.sha256(str(key["source"]).encode()).hexdigest()
+
+
+def _bytes(values: Tensor) -> memoryview:
+    # NumPy has no bfloat16.
+    whole = values.detach().cpu().contiguous()
+    return whole.flatten().view(torch.uint8).numpy().data
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _checksum(about: dict[str, Any]) -> int:
+    """Of what an entry says of itself, which that of its values goes on from."""
+    return zlib.crc32(
+        json.dumps({name: value for name, value in about.items() if name != "checksum"}).encode()
+    )
+
+
+def _parse(path: Path) -> dict[str, Any] | None:
+    """What an entry says of itself; None where it says nothing, or its file has another size."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_PAGE)
+            size = os.fstat(file.fileno()).st_size
+        about: dict[str, Any] = json.loads(head.removeprefix(_MAGIC).rstrip())
+        whole = head.startswith(_MAGIC) and size == _PAGE + _size(about)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return about if whole else None
+
+
+def _size(about: dict[str, Any]) -> int:
+    return int(np.prod(about["shape"], dtype=np.int64)) * getattr(torch, about["dtype"]).itemsize
+
+
+def _read(path: Path) -> Tensor | None:
+    about = _parse(path)
+    if about is None:
+        return None
+    try:
+        size = _size(about)
+        mapped = (
+            np.memmap(path, np.uint8, "c", offset=_PAGE, shape=(size,)) if size else np.zeros(0, np.uint8)
+        )
+        # Now is the time to be used: see `entries`.
+        os.utime(path)
+    except OSError:
+        return None
+    if zlib.crc32(mapped.data, _checksum(about)) != about["checksum"]:
+        log.warning("%s is damaged: computed anew", path.name)
+        return None
+    return torch.from_numpy(mapped).view(getattr(torch, about["dtype"])).reshape(about["shape"])
+
+
+def _remove(path: Path) -> int:
+    with contextlib.suppress(FileNotFoundError):
+        size = path.stat().st_size
+        path.unlink()
+        return size
+    return 0
