@@ -23,6 +23,7 @@ from clients.folder import LEDGER, SiteFolder
 from clients.policy import ANY
 from clients.refusal import Refusal, Rule
 from fedmed.errors import FedmedError, ModelError
+from fedmed.models.activations import ACTIVATIONS, ActivationCache, at_home
 from fedmed.privacy.account import BudgetError
 from fedmed.privacy.chain import LedgerError, canonical
 from fedmed.privacy.events import to_json
@@ -74,7 +75,7 @@ class NoGuard:
 
     def train(self, instruction: Instruction, site: str, arrays: Arrays, content: RecordDict) -> RecordDict:
         del content
-        update = local_site.work(instruction, site, arrays)
+        update = local_site.work(instruction, site, arrays, cache=at_home())
         value = _receipt(instruction, site, update.noise_draws), update.delta
         return self.gate.release(
             Approved(site=site, run=instruction.run_id, value=value, approval=self.approval)
@@ -85,7 +86,7 @@ class NoGuard:
     ) -> RecordDict:
         del content
         score = local_site.private_score if instruction.privacy.metrics == "private" else local_site.score
-        value = score(instruction, site, arrays)
+        value = score(instruction, site, arrays, cache=at_home())
         return self.gate.release(
             Approved(site=site, run=instruction.run_id, value=value, approval=self.approval)
         )
@@ -154,7 +155,7 @@ class Guard:
             approval = self._approved(instruction, site)
 
         def work() -> tuple[Receipt, Arrays]:
-            update = local_site.work(self._here(instruction), site, arrays, split_key=self.folder.split_key)
+            update = local_site.work(self._here(instruction), site, arrays, **self._own)
             return _receipt(instruction, site, update.noise_draws), update.delta
 
         if not_private(instruction) is not None:
@@ -185,11 +186,9 @@ class Guard:
                 site,
                 "metrics",
                 content,
-                lambda: local_site.private_score(
-                    self._here(instruction), site, arrays, split_key=self.folder.split_key
-                ),
+                lambda: local_site.private_score(self._here(instruction), site, arrays, **self._own),
             )
-        counts = local_site.score(self._here(instruction), site, arrays, split_key=self.folder.split_key)
+        counts = local_site.score(self._here(instruction), site, arrays, **self._own)
         return self.gate.release(Approved(site=site, run=instruction.run_id, value=counts, approval=approval))
 
     def end(self, run: str) -> RecordDict:
@@ -223,6 +222,12 @@ class Guard:
             attempt.cohort, local_site.pseudonyms(self._here(instruction), site, self.folder.split_key)
         )
         return self.gate.release(Privatised(site=site, value=mechanism(), attempt=attempt))
+
+    @property
+    def _own(self) -> dict[str, Any]:
+        """What this site's work goes by that no message holds."""
+        cache = ActivationCache(self.folder.path / ACTIVATIONS, int(self.folder.policy.activations_gb * 1e9))
+        return {"split_key": self.folder.split_key, "cache": cache}
 
     def _here(self, instruction: Instruction) -> Instruction:
         """The instruction as this site carries it out: on its own data, and in batches of its own choice."""

@@ -198,6 +198,14 @@ class Policy(_Section):
         "for networks with hidden layers; false: where the coordinator is trusted not to.",
         "true or false",
     )
+    activations_gb: float = option(
+        20.0,
+        "Disk space for what frozen parts of models make of the records, kept in this folder so that it is computed "
+        "once. The longest unused goes first. 0: keep nothing.",
+        "gigabytes >= 0",
+        ge=0,
+        le=100_000,
+    )
     needs_approval: bool = option(
         True, "Whether a person here must approve each run before it starts.", "true or false"
     )

@@ -14,6 +14,7 @@ from fedmed.data.dataset import SiteDataset
 from fedmed.data.readers import read_site, version_of
 from fedmed.errors import ConfigError
 from fedmed.metrics import ScoreCounts
+from fedmed.models.activations import ActivationCache
 from fedmed.models.build import build
 from fedmed.models.classifier import Batch, Classifier
 from fedmed.models.loading import check_digest, locate
@@ -102,18 +103,24 @@ def _pseudonyms(key: str, version: tuple[int, ...], site: str, split_key: bytes)
 
 
 def work(
-    instruction: Instruction, site: str, arrays: Arrays, *, split_key: bytes | None = None
+    instruction: Instruction,
+    site: str,
+    arrays: Arrays,
+    *,
+    split_key: bytes | None = None,
+    cache: ActivationCache | None = None,
 ) -> LocalUpdate:
     """One round of training at this site.
 
     Args:
         split_key: of a site that has a folder; None: that of a simulated site, by its name.
+        cache: where activations are kept; None: in this process alone.
     """
     one_thread()
     plan = own_plan(instruction, site)
     if instruction.round < 1:
         raise ConfigError(f"round={instruction.round}: expected >= 1; round 0 trains nothing")
-    training, _ = _parts(*_key(instruction, site), site, instruction.seed, split_key)
+    training, _ = _parts(instruction, site, split_key, cache)
     return train(
         _model(instruction),
         training,
@@ -126,9 +133,14 @@ def work(
 
 
 def score(
-    instruction: Instruction, site: str, arrays: Arrays, *, split_key: bytes | None = None
+    instruction: Instruction,
+    site: str,
+    arrays: Arrays,
+    *,
+    split_key: bytes | None = None,
+    cache: ActivationCache | None = None,
 ) -> ScoreCounts:
-    """Exact score counts on the held-out patients: not covered by epsilon. `split_key` is that of `work`.
+    """Exact score counts on the held-out patients: not covered by epsilon. `split_key` and `cache` are those of `work`.
 
     Raises:
         ConfigError: the run declares another kind of metrics.
@@ -137,12 +149,17 @@ def score(
     own_plan(instruction, site)
     if instruction.privacy.metrics != "exact":
         raise ConfigError(f"privacy.metrics={instruction.privacy.metrics}: expected exact for exact counts")
-    _, test = _parts(*_key(instruction, site), site, instruction.seed, split_key)
+    _, test = _parts(instruction, site, split_key, cache)
     return ScoreCounts.of(logits(_model(instruction), test, arrays), test.labels.numpy())
 
 
 def private_score(
-    instruction: Instruction, site: str, arrays: Arrays, *, split_key: bytes | None = None
+    instruction: Instruction,
+    site: str,
+    arrays: Arrays,
+    *,
+    split_key: bytes | None = None,
+    cache: ActivationCache | None = None,
 ) -> tuple[HistogramPlan, NDArray[np.float64]]:
     """A noisy histogram of the held-out patients' scores, drawn once a run: asked again, the same one.
 
@@ -159,7 +176,7 @@ def private_score(
     asked = plan, _digest(instruction, arrays)
     key = instruction.run_id, site
     if key not in _drawn:
-        _, test = _parts(*_key(instruction, site), site, instruction.seed, split_key)
+        _, test = _parts(instruction, site, split_key, cache)
         found = patient_logits(_model(instruction), test, arrays).astype(np.float64)
         probabilities = 1 / (1 + np.exp(-np.clip(found, -700, 700)))
         counts = plan.count(probabilities, test.labels.numpy(), test.records_of)
@@ -207,22 +224,45 @@ def _configuration(instruction: Instruction) -> str:
     return json.dumps(parts)
 
 
-@lru_cache(maxsize=64)
 def _parts(
-    key: str, version: tuple[int, ...], site: str, seed: int, split_key: bytes | None
+    instruction: Instruction, site: str, split_key: bytes | None, cache: ActivationCache | None
+) -> tuple[LocalData, LocalData]:
+    # A site that computes each patient by itself does so from the first layer on.
+    alone = instruction.training.physical_batch_size == 1
+    return _split(*_key(instruction, site), site, instruction.seed, split_key, cache, alone)
+
+
+@lru_cache(maxsize=64)
+def _split(
+    key: str,
+    version: tuple[int, ...],
+    site: str,
+    seed: int,
+    split_key: bytes | None,
+    cache: ActivationCache | None,
+    alone: bool,
 ) -> tuple[LocalData, LocalData]:
     task = parse("task", json.loads(key)["task"])
-    return local_parts(_prepared(key, version, site, split_key), _read(task, site, seed, split_key))
+    batch = _prepared(key, version, site, split_key, cache, alone)
+    return local_parts(batch, _read(task, site, seed, split_key))
 
 
 @lru_cache(maxsize=16)
-def _prepared(key: str, version: tuple[int, ...], site: str, split_key: bytes | None) -> Batch:
+def _prepared(
+    key: str,
+    version: tuple[int, ...],
+    site: str,
+    split_key: bytes | None,
+    cache: ActivationCache | None,
+    alone: bool,
+) -> Batch:
     """The site's records as the model reads them, kept between rounds and runs: the frozen part of the model is
     computed once. It does not depend on the split, and so not on the seed."""
     del version
     parts = json.loads(key)
     task, model, adapter = (parse(name, parts[name]) for name in ("task", "model", "adapter"))
-    return build(task, model, adapter).prepare(_read(task, site, 0, split_key))
+    data = _read(task, site, 0, split_key)
+    return build(task, model, adapter).prepare(data, cache=cache, alone=alone)
 
 
 def _read(task: TaskConfig, site: str, seed: int, split_key: bytes | None) -> SiteDataset:

@@ -59,6 +59,9 @@ class PretrainedConfig:
     # A pattern for the names of the linear layers of a block where LoRA goes, e.g. q_proj|v_proj. Empty: by the names
     # that the families give their attention projections. `adapter.targets` stands above it.
     lora_targets: str = ""
+    # How exactly the frozen part's activations are stored where only later blocks are trained: fp32, fp16 (half the
+    # space, updates within 1e-3), bf16.
+    activations: str = "fp32"
     about: ModelAbout = field(default_factory=ModelAbout)
 
     def __post_init__(self) -> None:
@@ -70,6 +73,8 @@ class PretrainedConfig:
             self.sha256 or "''",
             f"64 hex digits; compute them with: sha256sum {self.path or '<folder>'}/model.safetensors",
         )
+        kinds = ("fp32", "fp16", "bf16")
+        require(self.activations in kinds, "model.activations", self.activations, ", ".join(kinds))
         try:
             re.compile(self.lora_targets)
             plain = len(self.lora_targets) <= 200 and bool(_PATTERN.fullmatch(self.lora_targets))

@@ -14,6 +14,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmed.data.dataset import SiteDataset
+from fedmed.data.split import fedmed_home
+
 log = logging.getLogger("fedmed.cache")
 
+# The folder's name in a site's own.
+ACTIVATIONS = "activations"
 SUFFIX = ".activations"
 _MAGIC = b"fedmed activations 1\n"
 # Payloads begin at a multiple of it.
 _PAGE = 4096
+HOME_BYTES = 20 * 10**9
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 Pieces = Callable[[], Iterator[Tensor]]
@@ -45,7 +52,14 @@ class ActivationCache:
     max_bytes: int
 
     def tensor(
-        self, key: dict[str, Any], *, records: str, rows: int, dtype: torch.dtype, pieces: Pieces
+        self,
+        key: dict[str, Any],
+        *,
+        source: "Source",
+        records: str,
+        rows: int,
+        dtype: torch.dtype,
+        pieces: Pieces,
     ) -> Tensor:
         """(rows, …) of `dtype`: the entry, or what `pieces` compute, which is then kept.
 
@@ -53,16 +67,17 @@ class ActivationCache:
         values are the same.
 
         Args:
-            key: all that the values depend on besides the records, as JSON; its `source` says of which data they are.
+            key: all that the values depend on besides the records, as JSON.
+            source: which data the records are of, and its content: entries of an earlier content are removed.
             records: a digest of the records, in their order.
             pieces: yields the rows in order, some at a time; may be called more than once.
         """
-        path = self.folder / (_digest(key, records) + SUFFIX)
+        path = self.folder / (_digest(key, source, records) + SUFFIX)
         found = _read(path)
         if found is not None:
             return found
         try:
-            self._write(path, key, records, rows=rows, dtype=dtype, pieces=pieces)
+            self._write(path, source, rows=rows, dtype=dtype, pieces=pieces)
             found = _read(path)
         except _TooLarge as error:
             log.info("activations of %.1f GB are not kept: the cache holds %.1f", *error.args)
@@ -73,7 +88,7 @@ class ActivationCache:
             )
         if found is not None:
             return found
-        return torch.cat([saturated(piece, dtype) for piece in pieces()])
+        return _computed(pieces, dtype)
 
     def entries(self) -> list[Path]:
         """The files of all entries, the longest unused first."""
@@ -92,11 +107,9 @@ class ActivationCache:
             freed += _remove(path)
         return freed
 
-    def _write(
-        self, path: Path, key: dict[str, Any], records: str, *, rows: int, dtype: torch.dtype, pieces: Pieces
-    ) -> None:
+    def _write(self, path: Path, source: "Source", *, rows: int, dtype: torch.dtype, pieces: Pieces) -> None:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._remove_of_earlier_records(key, records)
+        self._remove_of_earlier(source)
         descriptor, name = tempfile.mkstemp(dir=self.folder, prefix=".", suffix=".part")
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -105,12 +118,7 @@ class ActivationCache:
                 for piece in pieces():
                     if not about:
                         shape = [rows, *piece.shape[1:]]
-                        about = {
-                            "source": _source(key),
-                            "records": records,
-                            "shape": shape,
-                            "dtype": _name(dtype),
-                        }
+                        about = vars(source) | {"shape": shape, "dtype": _name(dtype)}
                         checksum = _checksum(about)
                         self._make_room(_size(about))
                         file.seek(_PAGE)
@@ -145,16 +153,78 @@ class ActivationCache:
             # Whoever has it mapped keeps it until it is done.
             _remove(path)
 
-    def _remove_of_earlier_records(self, key: dict[str, Any], records: str) -> None:
+    def _remove_of_earlier(self, source: "Source") -> None:
         """A patient who was taken out of the data is taken out of what was computed from it."""
         for path in self.entries():
-            header = _parse(path)
-            if header is not None and header["source"] == _source(key) and header["records"] != records:
+            about = _parse(path)
+            if about is not None and about["data"] == source.data and about["content"] != source.content:
                 _remove(path)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which data records are of: digests of its name and of its content."""
+
+    data: str
+    content: str
+
+    @classmethod
+    def of(cls, *, data: str, content: str) -> "Source":
+        """By any words for the data, and its manifest's content hash."""
+        return cls(hashlib.sha256(data.encode()).hexdigest(), hashlib.sha256(content.encode()).hexdigest())
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a cache for one site's records, or, without a cache, computed.
+
+    Attributes:
+        depends: what activations depend on besides the records and how far the model is run, as JSON.
+        inputs: the records as the model reads them.
+        where: the data's place.
+    """
+
+    cache: ActivationCache | None
+    data: SiteDataset
+    where: str | None
+    depends: dict[str, Any]
+    inputs: dict[str, Tensor]
+
+    def features(self, pieces: Pieces) -> Tensor:
+        """What the head reads, in full precision: it is small."""
+        return self._tensor({"of": "features"}, torch.float32, pieces)
+
+    def state(self, cut: int, pieces: Pieces, dtype: str) -> Tensor:
+        """What enters block `cut`, as one of `DTYPES`."""
+        return self._tensor({"of": "state", "cut": cut}, DTYPES[dtype], pieces)
+
+    def _tensor(self, of: dict[str, Any], dtype: torch.dtype, pieces: Pieces) -> Tensor:
+        if self.cache is None:
+            return _computed(pieces, dtype)
+        versions = {name: version(name) for name in ("torch", "transformers")}
+        return self.cache.tensor(
+            self.depends | of | versions | {"dtype": _name(dtype)},
+            source=Source.of(
+                data=f"{self.data.site} {self.where}", content=self.data.manifest.content_sha256
+            ),
+            records=digest_of(self.inputs),
+            rows=len(self.data.labels),
+            dtype=dtype,
+            pieces=pieces,
+        )
+
+
+def _computed(pieces: Pieces, dtype: torch.dtype) -> Tensor:
+    return torch.cat([saturated(piece, dtype) for piece in pieces()])
 
 
 class _TooLarge(Exception):
     pass
+
+
+def at_home() -> ActivationCache:
+    """That of simulated sites: one person plays them all."""
+    return ActivationCache(fedmed_home() / ACTIVATIONS, HOME_BYTES)
 
 
 def saturated(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -177,18 +247,8 @@ def digest_of(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _digest(key: dict[str, Any], records: str) -> str:
-    return hashlib.sha256(json.dumps([key, records], sort_keys=True).encode()).hexdigest()
-
-
-def _source(key: dict[str, Any]) -> str:
-    return hashlib.sha256(str(key["source"]).encode()).hexdigest()
-
-
-def _bytes(values: Tensor) -> memoryview:
-    # NumPy has no bfloat16.
-    whole = values.detach().cpu().contiguous()
-    return whole.flatten().view(torch.uint8).numpy().data
+def _digest(key: dict[str, Any], source: Source, records: str) -> str:
+    return hashlib.sha256(json.dumps([key, source.data, records], sort_keys=True).encode()).hexdigest()
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -200,6 +260,12 @@ def _checksum(about: dict[str, Any]) -> int:
     return zlib.crc32(
         json.dumps({name: value for name, value in about.items() if name != "checksum"}).encode()
     )
+
+
+def _bytes(values: Tensor) -> memoryview:
+    # NumPy has no bfloat16.
+    whole = values.detach().cpu().contiguous()
+    return whole.flatten().view(torch.uint8).numpy().data
 
 
 def _parse(path: Path) -> dict[str, Any] | None:

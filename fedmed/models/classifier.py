@@ -5,7 +5,7 @@ once.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from fedmed.data.dataset import SiteDataset
 from fedmed.data.sentences import synthetic_sentences
 from fedmed.data.table import feature_names
 from fedmed.model import TabularModelConfig, TextModelConfig
+from fedmed.models.activations import ActivationCache, Asked
 from fedmed.models.adapters import add_adapter
 from fedmed.models.loading import load_text_encoder
 from fedmed.models.prefix import capture, cut_point, replayed
@@ -37,8 +38,15 @@ class Classifier(nn.Module):
     # The adapter as it was built, before a seed.
     built: dict[str, Tensor]
 
-    def prepare(self, data: SiteDataset) -> Batch:
-        """A site's records as named tensors, first dimension records: everything that is computed once."""
+    def prepare(
+        self, data: SiteDataset, *, cache: ActivationCache | None = None, alone: bool = False
+    ) -> Batch:
+        """A site's records as named tensors, first dimension records: everything that is computed once.
+
+        Args:
+            cache: where the frozen part's activations are looked for, and kept.
+            alone: compute each record by itself, so that its last bits do not depend on others.
+        """
         raise NotImplementedError
 
     def adapter(self) -> dict[str, nn.Parameter]:
@@ -99,7 +107,10 @@ class TabularClassifier(Classifier):
         self.head = RowLinear(model.hidden or width, 1)
         zero(self.head)
 
-    def prepare(self, data: SiteDataset) -> Batch:
+    def prepare(
+        self, data: SiteDataset, *, cache: ActivationCache | None = None, alone: bool = False
+    ) -> Batch:
+        del cache, alone
         return {"features": torch.from_numpy(data.features)}
 
     def forward(self, features: Tensor) -> Tensor:
@@ -123,7 +134,7 @@ class TextClassifier(Classifier):
 
     def __init__(self, task: TableTaskConfig, model: TextModelConfig, adapter: AdapterConfig) -> None:
         super().__init__()
-        self.config = model
+        self.config, self.where = model, task.path
         encoder, self.tokenizer = load_text_encoder(model)
         self.limit = min(
             model.max_tokens, getattr(encoder.config, "max_position_embeddings", model.max_tokens)
@@ -154,33 +165,43 @@ class TextClassifier(Classifier):
             if state is None or self.cut is None:
                 hidden = self._encode(input_ids, attention_mask)
             else:
-                with replayed(self.encoder, self.cut, state):
+                with replayed(self.encoder, self.cut, state.float()):
                     hidden = self._encode(input_ids, attention_mask)
             features = (self._pool(hidden, attention_mask) - self.mean) @ self.projection
         return self.head(features).squeeze(-1)
 
     @torch.no_grad()
-    def prepare(self, data: SiteDataset) -> Batch:
+    def prepare(
+        self, data: SiteDataset, *, cache: ActivationCache | None = None, alone: bool = False
+    ) -> Batch:
         self.eval()
         if not data.texts:
             # Of a site without a usable record: tensors of no record, shaped like any others.
             some = dataclasses.replace(data, texts=["-"])
             return {name: tensor[:0] for name, tensor in self.prepare(some).items()}
+        # Stored at full length: a record's state must not depend on the batch that it came in.
         inputs = self.tokenize(data.texts)
+        size = 1 if alone else INFERENCE_BATCH
+        asked = Asked(cache, data, self.where, self._depends | {"batch": size}, inputs)
         if self.head_only:
-            return {"features": (self.pooled(data.texts) - self.mean) @ self.projection}
+            pooled = asked.features(lambda: iter([self.pooled(data.texts, size=size)]))
+            return {"features": (pooled - self.mean) @ self.projection}
         if self.cut is not None:
-            # Stored at full length: a record's state must not depend on the batch that it came in.
-            states = [
-                capture(self.encoder, self.cut, self._encoder_inputs(ids, mask))
-                for ids, mask in zip(
-                    inputs["input_ids"].split(INFERENCE_BATCH),
-                    inputs["attention_mask"].split(INFERENCE_BATCH),
-                    strict=True,
-                )
-            ]
-            inputs["state"] = torch.cat(states)
+            inputs["state"] = asked.state(
+                self.cut, lambda: self._states(inputs, size), self.config.activations
+            )
         return inputs
+
+    def _states(self, inputs: Batch, size: int) -> Iterator[Tensor]:
+        assert self.cut is not None
+        pieces = (inputs[name].split(size) for name in ("input_ids", "attention_mask"))
+        for ids, mask in zip(*pieces, strict=True):
+            yield capture(self.encoder, self.cut, self._encoder_inputs(ids, mask))
+
+    @property
+    def _depends(self) -> dict[str, Any]:
+        """What stored activations depend on besides the token ids."""
+        return {"model": self.config.sha256, "pooling": self.config.pooling}
 
     def tokenize(self, texts: list[str]) -> Batch:
         """(records, tokens) int64 ids and mask, padded to the longest text."""
@@ -190,12 +211,12 @@ class TextClassifier(Classifier):
         return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
     @torch.no_grad()
-    def pooled(self, texts: list[str]) -> Tensor:
-        """(texts, width) pooled outputs of the encoder, batched by length to save padding."""
+    def pooled(self, texts: list[str], *, size: int = INFERENCE_BATCH) -> Tensor:
+        """(texts, width) pooled outputs of the encoder, `size` at a time, batched by length to save padding."""
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         pooled: list[Tensor] = [torch.empty(0)] * len(texts)
-        for start in range(0, len(order), INFERENCE_BATCH):
-            chosen = order[start : start + INFERENCE_BATCH]
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
             inputs = self.tokenize([texts[index] for index in chosen])
             rows = self._pool(self._encode(**inputs), inputs["attention_mask"])
             for index, row in zip(chosen, rows, strict=True):

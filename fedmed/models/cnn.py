@@ -13,6 +13,7 @@ import fedmed.models.patient_conv  # noqa: F401
 from fedmed.config import AdapterConfig
 from fedmed.data.dataset import SiteDataset
 from fedmed.model import CnnModelConfig
+from fedmed.models.activations import ActivationCache
 from fedmed.models.adapters import freeze
 from fedmed.models.classifier import Batch, Classifier, zero
 from fedmed.models.row_linear import RowLinear
@@ -43,7 +44,10 @@ class CnnClassifier(Classifier):
         self.head = RowLinear(WIDTHS[-1], 1)
         zero(self.head)
 
-    def prepare(self, data: SiteDataset) -> Batch:
+    def prepare(
+        self, data: SiteDataset, *, cache: ActivationCache | None = None, alone: bool = False
+    ) -> Batch:
+        del cache, alone
         return {"images": torch.from_numpy(data.images)}
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """A pretrained image encoder with a head."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from fedmed.config import AdapterConfig
 from fedmed.data.dataset import SiteDataset
 from fedmed.errors import ModelError
 from fedmed.model import ImageModelConfig
+from fedmed.models.activations import ActivationCache, Asked
 from fedmed.models.adapters import add_adapter
 from fedmed.models.classifier import Batch, Classifier, zero
 from fedmed.models.loading import IMAGE_FAMILIES, load_image_encoder
@@ -29,7 +31,7 @@ class ImageClassifier(Classifier):
 
     def __init__(self, task: ImageTaskConfig, model: ImageModelConfig, adapter: AdapterConfig) -> None:
         super().__init__()
-        self.config = model
+        self.config, self.where = model, task.path
         encoder, self.preprocessor = load_image_encoder(model)
         self.family = IMAGE_FAMILIES[encoder.config.model_type]
         # (height, width) of what the encoder reads.
@@ -59,14 +61,37 @@ class ImageClassifier(Classifier):
         return self.head(features).squeeze(-1)
 
     @torch.no_grad()
-    def prepare(self, data: SiteDataset) -> Batch:
+    def prepare(
+        self, data: SiteDataset, *, cache: ActivationCache | None = None, alone: bool = False
+    ) -> Batch:
+        # Always alone.
+        del alone
         self.eval()
         if not len(data.images):
             # Of a site without a usable record: tensors of no record, shaped like any others.
             some = dataclasses.replace(data, images=np.zeros((1, *data.images.shape[1:]), dtype=np.float32))
             return {name: tensor[:0] for name, tensor in self.prepare(some).items()}
-        prepared = [self._prepared(self.preprocessor.cut(r[None])) for r in torch.from_numpy(data.images)]
-        return {name: torch.cat([one[name] for one in prepared]) for name in prepared[0]}
+        records = torch.from_numpy(data.images)
+
+        def images() -> Iterator[Tensor]:
+            return (self.preprocessor.cut(record[None]) for record in records)
+
+        asked = Asked(cache, data, self.where, self._depends, {"images": records})
+        if self.head_only:
+            return {"features": asked.features(lambda: (self._features(one, None) for one in images()))}
+        if self.cut is None:
+            return {"images": torch.cat(list(images()))}
+        return {"state": asked.state(self.cut, lambda: map(self._state, images()), self.config.activations)}
+
+    @property
+    def _depends(self) -> dict[str, Any]:
+        """What stored activations depend on besides the images."""
+        return {
+            "model": self.config.sha256,
+            "pooling": self.config.pooling,
+            "feature_norm": self.config.feature_norm,
+            "preprocessing": dataclasses.asdict(self.preprocessor),
+        }
 
     def inputs(self, task: ImageTaskConfig) -> dict[str, object]:
         shape = ["records", task.slices, task.image_size, task.image_size]
@@ -87,19 +112,16 @@ class ImageClassifier(Classifier):
         registers: int = getattr(self.encoder.config, "num_register_tokens", 0)
         return self.family.class_token + registers
 
-    def _prepared(self, images: Tensor) -> Batch:
-        """What is stored of one record."""
-        if self.head_only:
-            return {"features": self._features(images, None)}
-        if self.cut is None:
-            return {"images": images}
-        states = [capture(self.encoder, self.cut, self._inputs(one)) for one in images.split(1, dim=1)]
-        return {"state": torch.stack(states, dim=1)}
+    def _state(self, images: Tensor) -> Tensor:
+        """What enters the first trainable block, of one record: (1, slices, …)."""
+        assert self.cut is not None
+        slices = images.split(1, dim=1)
+        return torch.stack([capture(self.encoder, self.cut, self._inputs(one)) for one in slices], dim=1)
 
     def _features(self, images: Tensor | None, state: Tensor | None) -> Tensor:
         """(records, width): the mean over a record's slices, of norm `feature_norm`."""
         if state is not None:
-            pooled = [self._replayed(one) for one in state.unbind(1)]
+            pooled = [self._replayed(one.float()) for one in state.unbind(1)]
         else:
             assert images is not None
             pooled = [self._pool(self.encoder(**self._inputs(one))) for one in images.split(1, dim=1)]

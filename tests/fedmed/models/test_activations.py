@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 import fedmed.models.activations
-from fedmed.models.activations import DTYPES, SUFFIX, ActivationCache, digest_of, saturated
+from fedmed.models.activations import DTYPES, SUFFIX, ActivationCache, Source, digest_of, saturated
 
-KEY = {"model": "a" * 64, "cut": 3, "source": "site a"}
+KEY = {"model": "a" * 64, "cut": 3}
+SOURCE = Source.of(data="site a", content="1")
 VALUES = torch.arange(60, dtype=torch.float32).reshape(5, 4, 3) / 7
 
 
@@ -39,10 +40,13 @@ def ask(
     pieces: Pieces,
     *,
     key: dict[str, object] = KEY,
+    source: Source = SOURCE,
     records: str = "r",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    return kept.tensor(key, records=records, rows=len(pieces.values), dtype=dtype, pieces=pieces)
+    return kept.tensor(
+        key, source=source, records=records, rows=len(pieces.values), dtype=dtype, pieces=pieces
+    )
 
 
 @pytest.mark.parametrize("name", DTYPES)
@@ -77,18 +81,19 @@ def test_whatever_differs_is_another_entry(tmp_path: Path, key: dict[str, object
     assert other.calls == 1
 
 
-def test_what_was_computed_of_earlier_records_is_removed(tmp_path: Path) -> None:
+def test_what_was_computed_of_an_earlier_content_is_removed(tmp_path: Path) -> None:
     """Whoever was taken out of the data is not kept in a file of activations."""
     kept = cache(tmp_path)
-    elsewhere = {**KEY, "source": "site b"}
-    ask(kept, Pieces(), key=elsewhere)
+    elsewhere = Source.of(data="site b", content="1")
+    ask(kept, Pieces(), source=elsewhere)
     ask(kept, Pieces())
     ask(kept, Pieces(), key={**KEY, "cut": 5})
-    assert len(kept.entries()) == 3
-    ask(kept, Pieces(VALUES[1:]), records="without one")
+    ask(kept, Pieces(), records="another task's")
+    assert len(kept.entries()) == 4
+    ask(kept, Pieces(VALUES[1:]), source=Source.of(data="site a", content="2"), records="without one")
     assert len(kept.entries()) == 2
     pieces = Pieces()
-    ask(kept, pieces, key=elsewhere)
+    ask(kept, pieces, source=elsewhere)
     assert pieces.calls == 0
 
 
@@ -169,14 +174,16 @@ def test_an_interrupted_computation_leaves_nothing(tmp_path: Path) -> None:
 
     kept = cache(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        kept.tensor(KEY, records="r", rows=5, dtype=torch.float32, pieces=pieces)
+        kept.tensor(KEY, source=SOURCE, records="r", rows=5, dtype=torch.float32, pieces=pieces)
     assert list(kept.folder.iterdir()) == []
 
 
 def test_rows_that_are_missing_are_noticed(tmp_path: Path) -> None:
     kept = cache(tmp_path)
     with pytest.raises(ValueError, match="2 rows of 5"):
-        kept.tensor(KEY, records="r", rows=5, dtype=torch.float32, pieces=lambda: iter([VALUES[:2]]))
+        kept.tensor(
+            KEY, source=SOURCE, records="r", rows=5, dtype=torch.float32, pieces=lambda: iter([VALUES[:2]])
+        )
 
 
 def test_only_their_owner_reads_them(tmp_path: Path) -> None:
@@ -215,7 +222,7 @@ def test_a_digest_changes_with_every_part_of_the_records() -> None:
 
 def test_entries_are_named_by_nothing_but_a_digest(tmp_path: Path) -> None:
     kept = cache(tmp_path)
-    ask(kept, Pieces(), key={**KEY, "source": "Mercy Hospital"})
+    ask(kept, Pieces(), source=Source.of(data="Mercy Hospital", content="1"))
     [path] = kept.entries()
     assert len(path.name) == 64 + len(SUFFIX)
     assert b"Mercy" not in path.read_bytes()
