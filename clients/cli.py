@@ -67,6 +67,17 @@ Examples:
   fedmed site refuse /srv/fedmed demo-1f2e3d4c5b6a --why "no vote for this task"
 """
 
+CACHE_HELP = """Show, or clear, what frozen parts of models made of the site's records.
+
+It is computed once and kept in the site's folder, at most activations_gb of site.yaml. Clearing it loses nothing but
+the time to compute it again.
+
+\b
+Examples:
+  fedmed site cache /srv/fedmed
+  fedmed site cache /srv/fedmed --clear
+"""
+
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 # Hidden: described in the help's text, where Typer 0.20 under click 8.5 would lose its line.
@@ -180,6 +191,28 @@ def refuse(
 ) -> None:
     """Write the refusal into the ledger."""
     _decide(folder, run, approved=False, why=why, by=by)
+
+
+@app.command("cache", help=CACHE_HELP)
+def cache(
+    folder: Folder,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove all of it.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Count the entries and the bytes."""
+    from clients.folder import SiteFolder
+    from clients.guard import activations
+
+    kept = activations(SiteFolder.open(folder))
+    sizes = [path.stat().st_size for path in kept.entries()]
+    if clear:
+        kept.clear()
+    found = {"entries": len(sizes), "bytes": sum(sizes), "most_bytes": kept.max_bytes, "cleared": clear}
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    files = f"{len(sizes)} file{'s' if len(sizes) != 1 else ''} of {sum(sizes) / 1e9:.2f} GB"
+    typer.echo(f"{files} removed" if clear else f"{files}; at most {kept.max_bytes / 1e9:g} GB are kept")
 
 
 def _decide(folder: Path, run: str, *, approved: bool, why: str, by: str | None) -> None:

@@ -59,6 +59,11 @@ class Desk(Protocol):
         ...
 
 
+def activations(folder: SiteFolder) -> ActivationCache:
+    """Where the site keeps what frozen parts of models make of its records: as private as these are."""
+    return ActivationCache(folder.path / ACTIVATIONS, int(folder.policy.activations_gb * 1e9))
+
+
 class NoGuard:
     """A site without a folder. Its own words may be shown: they stay with the person who runs everything."""
 
@@ -226,8 +231,7 @@ class Guard:
     @property
     def _own(self) -> dict[str, Any]:
         """What this site's work goes by that no message holds."""
-        cache = ActivationCache(self.folder.path / ACTIVATIONS, int(self.folder.policy.activations_gb * 1e9))
-        return {"split_key": self.folder.split_key, "cache": cache}
+        return {"split_key": self.folder.split_key, "cache": activations(self.folder)}
 
     def _here(self, instruction: Instruction) -> Instruction:
         """The instruction as this site carries it out: on its own data, and in batches of its own choice."""
