@@ -379,7 +379,9 @@ def test_long_lists_name_the_most_frequent(command: Any, dst: Path) -> None:
 
 def arguments(src: Path, dst: Path) -> list[str]:
     words = ["site", "ingest", src, dst, "--name", "a", "--size", 0, "--workers", 2]
-    return [sys.executable, "-c", "from fedmed.cli.main import main; main()", *map(str, words)]
+    # A shell that started the tests in the background had them ignore the signal, and so would this process.
+    heeds = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    return [sys.executable, "-c", f"{heeds}; from fedmed.cli.main import main; main()", *map(str, words)]
 
 
 def environment() -> dict[str, str]:
