@@ -224,7 +224,7 @@ def test_a_run_waits_until_a_person_decides_in_another_process(
     thread = threading.Thread(target=person)
     thread.start()
     asked = settings(
-        data, f"federation.sites={sites}", f"run_dir={tmp_path / 'run'}", "federation.approval_timeout=60"
+        data, f"federation.sites={sites}", f"run_dir={tmp_path / 'run'}", "federation.approval_timeout=600"
     )
     if verdict == "approve":
         _, said = run(asked)
@@ -342,7 +342,7 @@ def test_exact_metrics_are_approved_and_stand_outside_the_guarantee(tmp_path: Pa
         thread.start()
     summary, _ = run(
         settings(data, f"federation.sites={sites}", f"run_dir={tmp_path / 'run'}", "privacy.metrics=exact",
-                 "federation.approval_timeout=60")
+                 "federation.approval_timeout=600")
     )  # fmt: skip
     for thread in threads:
         thread.join()

@@ -35,8 +35,10 @@ def grey_frame(
         values = rescale.before_mean(values)
         if mask is None:
             return values, None
-        # A product is six times as fast as a choice; padding of floats may be infinite.
-        return (np.where(mask, 0, values) if values.dtype.kind == "f" else values * ~mask), mask
+        # Padding of floats may be infinite. `values` may be the file's own bytes.
+        values = values.astype(values.dtype.newbyteorder("="))
+        np.copyto(values, 0, where=mask)
+        return values, mask
 
     def finish(values: NDArray[np.float32], at: slice) -> None:
         rescale.after_mean(values)
