@@ -94,10 +94,16 @@ def modernbert(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(words))
     t.BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = t.ModernBertConfig(
-        vocab_size=len(words), pad_token_id=0, bos_token_id=2, cls_token_id=2, eos_token_id=3, sep_token_id=3,
-        local_attention=4, global_attn_every_n_layers=3, max_position_embeddings=64, **SIZES,
-    )  # fmt: skip
-    t.ModernBertModel(config).save_pretrained(folder)
+    modernbert_of(len(words)).save_pretrained(folder)
     return folder
+
+
+def modernbert_of(vocabulary: int) -> Any:
+    """A ModernBERT with layers of both kinds of attention."""
+    torch.manual_seed(0)
+    return t.ModernBertModel(
+        t.ModernBertConfig(
+            vocab_size=vocabulary, pad_token_id=0, bos_token_id=2, cls_token_id=2, eos_token_id=3, sep_token_id=3,
+            local_attention=4, global_attn_every_n_layers=2, max_position_embeddings=64, **SIZES,
+        )
+    )  # fmt: skip
