@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,20 @@ def test_another_architecture_or_no_preprocessing_is_refused(vit: Path, tmp_path
         ModelError, match="a 'swin' model is no image encoder that is known; expected one of vit, dino"
     ):
         locate(image(tmp_path))
+
+
+def test_a_preprocessing_that_is_not_known_is_refused_before_torch_is_loaded(
+    vit: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(vit, folder)
+    (folder / "preprocessor_config.json").write_text('{"image_processor_type": "SwinImageProcessor"}')
+    with pytest.raises(
+        ModelError, match="image_processor_type=SwinImageProcessor: expected one of ViTImageProcessor"
+    ):
+        locate(image(folder))
+    code = "import sys, fedmed.models.loading; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_weights_in_shards_are_refused_with_what_to_do(vit: Path, tmp_path: Path) -> None:
