@@ -119,7 +119,7 @@ def test_a_state_is_entered_exactly(folders: dict[str, Path], data: Path) -> Non
         model.eval()
         image = model.preprocessor.cut(torch.from_numpy(read_site(config.task, "a", seed=0).images[:1]))
         with torch.no_grad():
-            assert torch.equal(model(**model._prepared(image)), model(images=image)), family
+            assert torch.equal(model(state=model._state(image)), model(images=image)), family
 
 
 @pytest.mark.parametrize("family", FAMILIES)
