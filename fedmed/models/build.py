@@ -7,6 +7,7 @@ from functools import lru_cache
 from fedmed.config import parse
 from fedmed.models.classifier import Classifier, TabularClassifier, TextClassifier
 from fedmed.models.cnn import CnnClassifier
+from fedmed.models.image_classifier import ImageClassifier
 from fedmed.pretrained import PretrainedConfig
 from fedmed.schema import to_dict
 
@@ -14,6 +15,7 @@ from fedmed.schema import to_dict
 NETWORKS: dict[str, Callable[..., Classifier]] = {
     "tabular": TabularClassifier,
     "text": TextClassifier,
+    "image": ImageClassifier,
     "cnn": CnnClassifier,
 }
 
