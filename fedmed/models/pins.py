@@ -141,25 +141,23 @@ def find(hub: str) -> Pin | None:
 
 def held() -> list[str]:
     """The hub ids of all pinned models, sorted."""
-    return sorted(path.stem.replace("--", "/") for path in models_folder().glob("*.json"))
+    return sorted(
+        filter(is_hub_id, (path.stem.replace("--", "/") for path in models_folder().glob("*.json")))
+    )
 
 
 def located(hub: str, revision: str) -> Path | None:
-    """The folder of a pulled model at a commit, whose files are those that were pinned; None where none was pulled.
+    """The folder of a pulled model, whose files are those that were pinned; None where that commit was not pulled.
 
-    The weights are not hashed here: a run checks them against the digest that it names.
+    The weights are not hashed here: a run checks them against the digest that it names. The other files are: a site
+    where one differs would prepare its records otherwise than the others.
 
     Raises:
-        ModelError: another commit was pulled, or a file is missing, was changed or was added.
+        ModelError: a file is missing, was changed or was added.
     """
     pin = find(hub)
-    if pin is None:
+    if pin is None or pin.revision != revision:
         return None
-    if pin.revision != revision:
-        raise ModelError(
-            f"model.revision={revision[:12]}: {hub} is here at {pin.revision[:12]}; "
-            f"run: fedmed models pull {hub} --revision {revision} --replace"
-        )
     if found := differences(pin, weights=False):
         raise ModelError(f"{pin.folder}: {found[0]}; run: fedmed models pull {hub}")
     return pin.folder

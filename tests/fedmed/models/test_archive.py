@@ -255,6 +255,18 @@ def test_an_import_that_is_interrupted_leaves_nothing(tmp_path: Path, other: Cal
     assert held() == []
 
 
+def test_an_export_that_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
+    pin = placed()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        export(pin, tmp_path / "model.tar", progress=interrupt)
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"x\.tar: cannot be read \(No such file or directory\)$"):
         import_(tmp_path / "x.tar")

@@ -1,14 +1,20 @@
 """What comes from a hub is whole, is what the hub and the pin say, and is no code; else nothing is kept."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from fedmed.compose import compose
 from fedmed.errors import ConfigError, ModelError
+from fedmed.models.loading import load_image_encoder, locate
 from fedmed.models.pins import find, models_folder
 from fedmed.models.pull import pull
+from tests.fedmed.models.encoders import image_encoder
 from tests.hub import COMMIT, Hub, serving
 
 # What a repository may hold beside the model, and what must stay there.
@@ -187,3 +193,31 @@ def test_the_pin_says_for_which_transformers_it_was_fetched() -> None:
         json.loads((models_folder() / "org--model.json").read_text())["transformers"]
         == transformers.__version__
     )
+
+
+def test_a_pulled_image_encoder_is_loaded_from_the_models_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = image_encoder(tmp_path / "dinov2", "dinov2")
+    with serving(folder) as served:
+        monkeypatch.setenv("HF_ENDPOINT", served.url)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        pin = pull("org/model").pin
+    run = compose(["model=hf_image", "model.hub=org/model", "task=dicom", "task.path=nowhere"])
+    encoder, _ = load_image_encoder(run.model)
+    weights = load_file(folder / "model.safetensors")
+    own = encoder.state_dict()
+    assert weights
+    assert all(torch.equal(own[name], tensor) for name, tensor in weights.items() if name in own)
+    assert locate(run.model) == pin.folder
+    # Another commit was not pulled, and nothing is downloaded.
+    elsewhere = dataclasses.replace(run.model, revision="d" * 40)
+    with pytest.raises(
+        ModelError, match=r"^model\.hub=org/model: commit d+ was not pulled .* pull org/model --revision d+"
+    ):
+        locate(elsewhere)
+    (pin.folder / "preprocessor_config.json").write_text("{}")
+    with pytest.raises(
+        ModelError, match=r"preprocessor_config\.json has 2 bytes, not \d+; run: fedmed models pull"
+    ):
+        locate(run.model)
