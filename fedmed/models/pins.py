@@ -11,8 +11,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from fedmed.pretrained import COMMIT, DIGEST, HUB_ID
 from fedmed.schema import from_dict, to_dict
 
 WEIGHTS = "model.safetensors"
+# What the ids of converted models begin with, in place of an organisation of the hub.
+LOCAL = "local/"
 # All that is ever fetched or unpacked: weights, settings, vocabularies. No pickle, no code.
 FILES = frozenset(
     {
@@ -56,7 +59,8 @@ class Pin:
 
     version: int = 1
     hub: str
-    # The commit on the hub, and the version of transformers that the files were fetched for.
+    # The commit on the hub (of a converted model, 40 hex digits that its files alone have), and the version of
+    # transformers that the files were fetched for.
     revision: str
     transformers: str
     files: dict[str, PinnedFile]
@@ -82,8 +86,7 @@ class Pin:
     @property
     def folder(self) -> Path:
         """Where its files are: a place that only these files can have."""
-        content = json.dumps(to_dict(self)["files"], sort_keys=True).encode()
-        return models_folder() / f"{_stem(self.hub)}@{hashlib.sha256(content).hexdigest()[:16]}"
+        return models_folder() / f"{_stem(self.hub)}@{digest_of(self.files)[:16]}"
 
     @classmethod
     def of(cls, values: Any, *, where: str) -> "Pin":
@@ -97,6 +100,17 @@ class Pin:
             return from_dict(cls, values)
         except ConfigError as error:
             raise ModelError(f"{where}: {error}") from None
+
+
+def digest_of(files: Mapping[str, PinnedFile]) -> str:
+    """64 hex digits that change with any file's name, size or content."""
+    values = {name: to_dict(file) for name, file in files.items()}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def transformers_version() -> str:
+    """The installed one, without importing it."""
+    return version("transformers")
 
 
 def is_hub_id(text: str) -> bool:

