@@ -5,6 +5,7 @@ pin is written last and in one step, so that a model is there whole or not at al
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -262,19 +263,27 @@ def install(draft: Path, pin: Pin, *, replace: bool = False) -> None:
     Raises:
         ModelError: see `check_replaces`.
     """
-    check_replaces(pin, replace=replace)
-    before = find(pin.hub) if not replace else _find_or_none(pin.hub)
     for path in draft.iterdir():
         _sync(path)
     _sync(draft)
-    with drafting(0) as grave:
+    with _lock(), drafting(0) as grave:
+        check_replaces(pin, replace=replace)
+        before = _find_or_none(pin.hub)
         if pin.folder.exists():
             os.rename(pin.folder, grave / "old")
         os.rename(draft, pin.folder)
         _sync(models_folder())
         write_json(_pin_file(pin.hub), to_dict(pin))
-    if before is not None and before.folder != pin.folder:
-        shutil.rmtree(before.folder, ignore_errors=True)
+        if before is not None and before.folder != pin.folder:
+            shutil.rmtree(before.folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock() -> Iterator[None]:
+    """One process at a time: two that replace a model would each remove what the other has put in place."""
+    with (models_folder() / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _find_or_none(hub: str) -> Pin | None:

@@ -52,7 +52,11 @@ def test_a_model_is_fetched_at_the_commit_of_main_without_code_and_pickles(hub: 
     assert pin.files.keys() == kept.keys()
     assert pin == find("org/model")
     assert not [line for line in hub.asked if any(name in line for name in BESIDE)]
-    assert sorted(path.name for path in models_folder().iterdir()) == ["org--model.json", pin.folder.name]
+    assert sorted(path.name for path in models_folder().iterdir()) == [
+        ".lock",
+        "org--model.json",
+        pin.folder.name,
+    ]
     assert "canary" not in (models_folder() / "org--model.json").read_text()
     assert hub.tokens == {"Bearer hf_canary"}
 
