@@ -5,18 +5,19 @@ what it is, with 16 bits or more. On 8-bit images the result is theirs within th
 grey levels of 255 from what PIL makes of a square (measured over noise, black-and-white noise and ramps, enlarged and
 made smaller: 1.00 by the bilinear filter, 1.09 by the bicubic, 0.4 on average). Of other shapes PIL may take the
 columns first, which the bicubic filter shows where it overshoots black or white; records come as squares.
+
+Torch is loaded by the first image: what is wrong with a file is said before.
 """
 
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.nn import functional
+from typing import TYPE_CHECKING, Any
 
 from fedmed.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PROCESSOR = "preprocessor_config.json"
 # In grey levels of 255: PIL resamples rows, rounds, resamples columns, and rounds again.
@@ -36,13 +37,14 @@ _CROPPED = {
     "size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": _SQUARE, "image_mean": _CLIP[0],
     "image_std": _CLIP[1],
 }  # fmt: skip
+CONVNEXT = "ConvNextImageProcessor"
 # What each processor does where its file is silent.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "ViTImageProcessor": _COMMON | {"resample": 2},
     "SiglipImageProcessor": _COMMON,
     "BitImageProcessor": _COMMON | _CROPPED,
     "CLIPImageProcessor": _COMMON | _CROPPED,
-    "ConvNextImageProcessor": _COMMON | {"size": {"shortest_edge": 384}, "crop_pct": 224 / 256},
+    CONVNEXT: _COMMON | {"size": {"shortest_edge": 384}, "crop_pct": 224 / 256},
     "DINOv3ViTImageProcessor": _COMMON
     | {"resample": 2, "image_mean": _IMAGENET[0], "image_std": _IMAGENET[1]},
 }
@@ -78,16 +80,23 @@ class Preprocessor:
     std: tuple[float, ...]
 
     @classmethod
-    def read(cls, path: Path, *, image_size: int = 0) -> "Preprocessor":
+    def read(cls, path: Path, *, image_size: int = 0, default: str = "") -> "Preprocessor":
         """What the file says, with another number of pixels a side where `image_size` is not 0.
+
+        Args:
+            default: the processor of the encoder's family; some older files name none.
 
         Raises:
             ModelError: the file is damaged, or of a processor or with a key that is not known.
         """
         try:
             values = json.loads(path.read_text())
-            name = _name(path, values)
-            found = _parsed(name, _filled(path, name, values), path)
+            name = _name(path, values, default)
+            filled = _filled(path, name, values)
+            if name == CONVNEXT and image_size:
+                # What it crops away depends on the size.
+                return _parsed(name, filled | {"size": {"shortest_edge": image_size}}, path)
+            found = _parsed(name, filled, path)
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             raise ModelError(f"{path}: damaged, or of a processor that is not known") from None
         return found._resized(image_size) if image_size else found
@@ -106,12 +115,14 @@ class Preprocessor:
         new = int(self.resize * long / short)
         return (new, self.resize) if columns <= rows else (self.resize, new)
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, images: "Tensor") -> "Tensor":
         """(images, 3, height, width) for the encoder, of (images, 1 or 3, rows, columns) from 0 (black) to 1."""
         return self.scaled(self.cut(images))
 
-    def cut(self, images: Tensor) -> Tensor:
+    def cut(self, images: "Tensor") -> "Tensor":
         """The images resampled and cropped: (images, channels, height, width) of 0 to 1."""
+        from torch.nn import functional
+
         rows, columns = images.shape[-2:]
         size = self.resampled(rows, columns)
         # Along the rows first, as PIL does it with a square: what overshoots is cut off before the columns' turn.
@@ -134,10 +145,10 @@ class Preprocessor:
         # An odd line goes to the top and to the left.
         return across - across // 2, across // 2, down - down // 2, down // 2
 
-    def scaled(self, images: Tensor) -> Tensor:
+    def scaled(self, images: "Tensor") -> "Tensor":
         """Three channels, each less its mean, over its deviation."""
-        mean, std = (torch.tensor(v, dtype=images.dtype)[:, None, None] for v in (self.mean, self.std))
-        return (images - mean.to(images.device)) / std.to(images.device)
+        mean, std = (images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (images - mean) / std
 
     def _resized(self, size: int) -> "Preprocessor":
         """The same with `size` pixels a side, and as much of the image cropped away."""
@@ -147,9 +158,9 @@ class Preprocessor:
         return replace(self, resize=whole, crop=(size, size) if self.crop else None)
 
 
-def _name(path: Path, values: dict[str, Any]) -> str:
+def _name(path: Path, values: dict[str, Any], default: str) -> str:
     """The processor in transformers; older files name what came before it."""
-    written = values.get("image_processor_type") or values.get("feature_extractor_type") or "none"
+    written = values.get("image_processor_type") or values.get("feature_extractor_type") or default or "none"
     name = str(written).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
     if name not in DEFAULTS:
         raise ModelError(f"{path}: image_processor_type={written}: expected one of {', '.join(DEFAULTS)}")
@@ -175,7 +186,7 @@ def _parsed(name: str, values: dict[str, Any], path: Path) -> Preprocessor:
         raise ModelError(f"{path}: resample={values['resample']}: expected 2 (bilinear) or 3 (bicubic)")
     resize = _sides(values["size"], path, square=name in _SQUARES) if values["do_resize"] else None
     crop = _sides(values["crop_size"], path, square=True) if values["do_center_crop"] else None
-    if name == "ConvNextImageProcessor" and resize is not None:
+    if name == CONVNEXT and resize is not None:
         if not isinstance(resize, int) or crop is not None:
             raise ModelError(f"{path}: size={values['size']}: expected shortest_edge, and no do_center_crop")
         # From 384 pixels on it warps the whole image; below, it keeps the middle.

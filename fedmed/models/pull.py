@@ -24,6 +24,7 @@ from fedmed.models.pins import (
     sha256_of,
     transformers_version,
 )
+from fedmed.pretrained import COMMIT
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".pb", ".keras", ".onnx")
 
@@ -73,6 +74,8 @@ def pull(
     _check_online(hub)
     with _in_words(hub, revision):
         info = _info(hub, revision or "main")
+    if not COMMIT.fullmatch(info.sha or ""):
+        raise ModelError(f"{hub}: the hub at {_endpoint()} names no commit for it")
     listed = _listed(hub, info)
     if before is not None and info.sha != before.revision:
         raise ModelError(
@@ -206,7 +209,14 @@ def _in_words(hub: str, revision: str) -> Iterator[None]:
             f"{hub}: the hub at {_endpoint()} cannot be reached ({type(error).__name__}); see HF_ENDPOINT, "
             "or bring a file: fedmed models import FILE.tar"
         ) from None
-    except (errors.XetDownloadError, errors.FileMetadataError, ValueError, RuntimeError) as error:
+    except (
+        errors.XetDownloadError,
+        errors.FileMetadataError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+    ) as error:
         raise ModelError(
             f"{hub}: the download failed ({type(error).__name__}); nothing was kept, try again"
         ) from None

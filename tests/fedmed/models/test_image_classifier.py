@@ -270,22 +270,33 @@ def test_a_size_that_an_encoder_cannot_read_is_refused(tmp_path: Path) -> None:
         network(compose(image_overrides(tmp_path, "convnext")))
 
 
-@pytest.mark.parametrize(
-    ("family", "adapter"), [("siglip", "head"), ("dinov2", "lora"), ("convnext", "full")]
-)
+RUNS = [
+    (
+        "siglip",
+        ["adapter=head", "model.image_size=32"],
+        "image_size=20: images are enlarged to the 32 pixels",
+    ),
+    ("dinov2", ["adapter=lora"], ""),
+    ("convnext", ["adapter=full"], ""),
+]
+
+
+@pytest.mark.parametrize(("family", "more", "warning"), RUNS, ids=[family for family, *_ in RUNS])
 def test_a_federated_run_end_to_end(
-    family: str, adapter: str, folders: dict[str, Path], data: Path, tmp_path: Path
+    family: str, more: list[str], warning: str, folders: dict[str, Path], data: Path, tmp_path: Path
 ) -> None:
     """Ingested images, two sites, privacy, a card and an adapter at the end."""
-    summary, _ = run(
+    summary, said = run(
         image_overrides(
-            folders[family], family, data, f"adapter={adapter}", f"run_dir={tmp_path / 'run'}",
-            "privacy.metrics=exact", "model.about.title=A tiny encoder", "model.about.licence=MIT",
+            folders[family], family, data, f"run_dir={tmp_path / 'run'}", "privacy.metrics=exact",
+            "model.about.title=A tiny encoder", "model.about.licence=MIT", *more,
         )
     )  # fmt: skip
     assert summary["rounds"] == 2
     assert summary["privacy"]["private"]
     assert set(summary["test"]["sites"]) == {"a", "b"}
+    assert ("enlarged" in said) == bool(warning)
+    assert warning in said.replace("\n", " ")
     card = (tmp_path / "run" / "MODEL_CARD.md").read_text()
     assert "Licence of the base model: MIT" in card
     assert "A tiny encoder" in card

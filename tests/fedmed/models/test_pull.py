@@ -178,6 +178,26 @@ def test_what_is_no_hub_id_is_refused(name: str) -> None:
         pull(name)
 
 
+@pytest.mark.parametrize("commit", ["", "main", "../../x", "C" * 40])
+def test_a_hub_that_names_no_commit_is_refused(hub: Hub, commit: str) -> None:
+    hub.commit = commit
+    with pytest.raises(ModelError, match=r"names no commit for it$"):
+        pull("org/model")
+    assert nothing_is_left()
+
+
+@pytest.mark.parametrize("files", [{}, {"../../canary": b"x"}, {"model.safetensors/../../canary": b"x"}])
+def test_a_hub_with_nothing_or_with_names_that_climb(
+    hub: Hub, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.files = files
+    with pytest.raises(ModelError, match=r"no model\.safetensors at c0ffee00c0ff"):
+        pull("org/model")
+    hub.files = files | {"model.safetensors": b"x", "config.json": b"{}"}
+    assert pull("org/model").pin.files.keys() == {"model.safetensors", "config.json"}
+    assert not list(tmp_path.rglob("*canary*"))
+
+
 def test_a_full_disk_is_said_before_the_download(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     from fedmed.models import pins
 

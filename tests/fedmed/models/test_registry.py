@@ -9,11 +9,13 @@ import yaml
 
 import configs.model
 from fedmed.compose import compose
-from fedmed.config import OPTIONS
+from fedmed.config import OPTIONS, RunConfig
 from fedmed.errors import ConfigError, ModelError
-from fedmed.models.pins import find, models_folder
+from fedmed.models.build import build
+from fedmed.models.pins import FILES, find, models_folder
 from fedmed.models.registry import entries, entry
 from fedmed.pretrained import ModelAbout, PretrainedConfig
+from tests.fedmed.models.encoders import image_encoder
 from tests.fedmed.models.test_archive import placed
 
 FOLDER = Path(next(iter(configs.model.__path__)))
@@ -140,3 +142,43 @@ def test_a_pin_under_another_models_name_is_refused() -> None:
     (models_folder() / "org--other.json").rename(models_folder() / "microsoft--rad-dino.json")
     with pytest.raises(ModelError, match=r"is the pin of org/other, expected microsoft/rad-dino"):
         find("microsoft/rad-dino")
+
+
+# What stands in for the weights of each named model: a tiny one of its architecture.
+FAMILY = {
+    "derm_monet": "clip", "medsiglip": "siglip", "phikon": "vit", "phikon_v2": "dinov2", "pubmedclip": "clip",
+    "rad_dino": "dinov2", "uni": "dinov2",
+}  # fmt: skip
+
+
+def installed(folder: Path, hub: str) -> None:
+    """The folder's files, as if they had been pulled."""
+    placed({path.name: path.read_bytes() for path in folder.iterdir() if path.name in FILES}, hub=hub)
+
+
+def adapted(config: RunConfig) -> list[str]:
+    """The linear layers that have LoRA, by their last names."""
+    model = build(config.task, config.model, config.adapter)
+    return [name.partition(".lora_A")[0].rpartition(".")[2] for name in model.adapter() if "lora_A" in name]
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_named_image_model_loads_and_lora_goes_where_its_entry_says(name: str, tmp_path: Path) -> None:
+    installed(image_encoder(tmp_path / name, FAMILY[name]), entries()[name].hub)
+    lora = ["adapter=lora", "adapter.last_blocks=2", "task.image_size=20"]
+    assert sorted(adapted(compose([f"model={name}", *IMAGES, *lora]))) == ["q_proj"] * 2 + ["v_proj"] * 2
+
+
+def test_clinicalbert_loads_and_lora_goes_where_its_entry_says(bert_folder: Path) -> None:
+    installed(bert_folder, "emilyalsentzer/Bio_ClinicalBERT")
+    config = compose(["model=clinicalbert", "model.max_tokens=32", "adapter=lora", "adapter.last_blocks=2"])
+    assert sorted(adapted(config)) == ["query"] * 2 + ["value"] * 2
+
+
+def test_hear_is_not_trained_on_images(tmp_path: Path) -> None:
+    """A ViT's pooler is refused, and its repository has no file that says how images would be prepared."""
+    folder = image_encoder(tmp_path / "hear", "vit")
+    installed(folder, "google/hear-pytorch")
+    config = compose(["model=hear", *IMAGES])
+    with pytest.raises(ModelError, match=r"^model\.pooling=pooler: a 'vit' encoder has cls or mean$"):
+        build(config.task, config.model, config.adapter)
