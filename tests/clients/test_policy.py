@@ -273,6 +273,19 @@ def test_a_pretrained_model_is_allowed_by_id_and_digest_together(
     assert refusal(policy(models=(listed,)), hub).asked == f"'org/name' (sha256 '{'b' * 64}')"
 
 
+def test_a_model_of_the_hub_is_allowed_by_its_id_and_not_as_a_folder_of_the_coordinators_choice() -> None:
+    digest = f"model.sha256={'a' * 64}"
+    pulled = asked("model=hf", "model.hub=org/model", f"model.revision={'c' * 40}", digest)
+    allowed = policy(models=({"id": "org/model", "sha256": "a" * 64},))
+    allowed.check(pulled, SITE)
+    for elsewhere in ("org/model", "/etc/org/model", "org--model", "models/org/model/."):
+        refused = refusal(allowed, asked("model=hf", f"model.path={elsewhere}", digest))
+        assert refused.rule is Rule.MODEL
+    for other in ("org/other", "model", "org"):
+        other_hub = asked("model=hf", f"model.hub={other}", f"model.revision={'c' * 40}", digest)
+        assert refusal(allowed, other_hub).rule is Rule.MODEL
+
+
 def test_what_the_coordinator_wrote_cannot_act_on_a_terminal_or_fill_it() -> None:
     told = shown("a\x1b[2J\nb\u202e" + "x" * 1000)
     assert told.isprintable()

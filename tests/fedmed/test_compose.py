@@ -30,18 +30,29 @@ from fedmed.task import ColumnConfig, ImageTaskConfig, TableTaskConfig
 
 FOLDER = Path(next(iter(configs.__path__)))
 CHOICES = sorted((path.parent.name, path.stem) for path in FOLDER.glob("*/*.yaml"))
+IMAGES = ["task=dicom", "task.path=ingested"]
+PIN = [f"model.revision={'c' * 40}", f"model.sha256={'a' * 64}"]
 # What an option needs beside itself.
 NEEDS = {
+    **{
+        ("model", name): [*IMAGES, *PIN]
+        for name in (
+            "derm_monet",
+            "hear",
+            "medsiglip",
+            "phikon",
+            "phikon_v2",
+            "pubmedclip",
+            "rad_dino",
+            "uni",
+        )
+    },
+    ("model", "clinicalbert"): PIN,
     ("task", "csv"): ["task.path=table.csv"],
     ("task", "dicom"): ["task.path=ingested", "model=cnn"],
-    ("model", "cnn"): ["task=dicom", "task.path=ingested"],
+    ("model", "cnn"): IMAGES,
     ("model", "hf"): ["model.path=folder", f"model.sha256={'a' * 64}"],
-    ("model", "hf_image"): [
-        "model.path=folder",
-        f"model.sha256={'a' * 64}",
-        "task=dicom",
-        "task.path=ingested",
-    ],
+    ("model", "hf_image"): [*IMAGES, "model.path=folder", f"model.sha256={'a' * 64}"],
     ("adapter", "lora"): [],
 }
 

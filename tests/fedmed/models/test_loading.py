@@ -164,7 +164,7 @@ def test_a_hub_id_is_found_in_the_cache_alone(
     hub = image(vit, path=None, hub="org/tiny-vit", revision=COMMIT)
     with pytest.raises(
         ModelError,
-        match=rf"model\.hub=org/tiny-vit: commit {COMMIT} is not in the cache .*hf download org/tiny-vit",
+        match=rf"model\.hub=org/tiny-vit: commit {COMMIT} was not pulled and is not in the cache .*pull org/tiny-vit",
     ):
         locate(hub)
     repository = tmp_path / "models--org--tiny-vit"
@@ -178,7 +178,7 @@ def test_a_hub_id_is_found_in_the_cache_alone(
     encoder, preprocessor = load_image_encoder(hub)
     assert encoder.config.hidden_size == 32
     assert preprocessor.processor == "ViTImageProcessor"
-    with pytest.raises(ModelError, match=f"commit {'f' * 40} is not in the cache"):
+    with pytest.raises(ModelError, match=f"commit {'f' * 40} was not pulled and is not in the cache"):
         locate(image(vit, path=None, hub="org/tiny-vit", revision="f" * 40))
     with pytest.raises(ModelError, match=r"model\.sha256=000000000000…"):
         load_image_encoder(image(vit, path=None, hub="org/tiny-vit", revision=COMMIT, sha256="0" * 64))
