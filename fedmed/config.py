@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fedmed.errors import ConfigError, nearest, require
-from fedmed.model import CnnModelConfig, TabularModelConfig, TextModelConfig
+from fedmed.model import CnnModelConfig, ImageModelConfig, TabularModelConfig, TextModelConfig
 from fedmed.schema import check_finite, from_dict
 from fedmed.task import ImageTaskConfig, TableTaskConfig
 
@@ -343,7 +343,12 @@ ADAM_RATES = {"head": 0.05, "lora": 1e-3, "ffa_lora": 1e-3, "full": 1e-4}
 
 OPTIONS: dict[str, dict[str, type]] = {
     "task": {"table": TableTaskConfig, "image": ImageTaskConfig},
-    "model": {"text": TextModelConfig, "tabular": TabularModelConfig, "cnn": CnnModelConfig},
+    "model": {
+        "text": TextModelConfig,
+        "image": ImageModelConfig,
+        "tabular": TabularModelConfig,
+        "cnn": CnnModelConfig,
+    },
     "adapter": {kind: AdapterConfig for kind in ("head", "lora", "ffa_lora", "full")},
     "privacy": {"dp": PrivacyConfig, "off": PrivacyConfig},
     "strategy": {

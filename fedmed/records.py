@@ -63,7 +63,8 @@ class Instruction:
             seed=config.seed,
             proximal_mu=float(config.strategy.proximal_mu),
             task=config.task,
-            model=config.model,
+            # What is written about a model is for people: two runs that differ in it alone are the same to a site.
+            model=config.model.bare() if config.model.pretrained else config.model,
             adapter=config.adapter,
             privacy=config.privacy,
             training=config.training,

@@ -231,6 +231,9 @@ def logits(model: Classifier, data: LocalData, arrays: Arrays) -> NDArray[np.flo
     set_adapter(model, arrays)
     model.eval()
     rows = torch.arange(len(data.labels))
+    if not len(rows):
+        # Attention cannot reshape a batch of none.
+        return np.zeros(0, dtype=np.float32)
     return torch.cat([model(**select(data.batch, piece)) for piece in rows.split(INFERENCE_BATCH)]).numpy()
 
 

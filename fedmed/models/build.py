@@ -7,12 +7,15 @@ from functools import lru_cache
 from fedmed.config import parse
 from fedmed.models.classifier import Classifier, TabularClassifier, TextClassifier
 from fedmed.models.cnn import CnnClassifier
+from fedmed.models.image_classifier import ImageClassifier
+from fedmed.pretrained import PretrainedConfig
 from fedmed.schema import to_dict
 
 # By the kind of the model's configuration.
 NETWORKS: dict[str, Callable[..., Classifier]] = {
     "tabular": TabularClassifier,
     "text": TextClassifier,
+    "image": ImageClassifier,
     "cnn": CnnClassifier,
 }
 
@@ -26,6 +29,8 @@ def build(task: object, model: object, adapter: object) -> Classifier:
     Raises:
         ModelError: the model cannot be loaded, or the adapter does not fit it.
     """
+    if isinstance(model, PretrainedConfig):
+        model = model.bare()
     # In the order that was declared: the columns' order is the order of a sentence's phrases.
     return _build(*(json.dumps(to_dict(part)) for part in (task, model, adapter)))
 

