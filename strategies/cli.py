@@ -145,7 +145,8 @@ def _check(config: "RunConfig", *, records: bool = True) -> list[str]:
     """
     from fedmed.data.readers import check_site, sites_in
     from fedmed.errors import ConfigError
-    from fedmed.models.loading import check_digest, locate
+    from fedmed.model import ImageModelConfig
+    from fedmed.models.loading import check_digest, locate, preprocessor_of
     from fedmed.privacy.histogram import metrics_plans
     from fedmed.privacy.plan import make_plan
     from fedmed.tracking import check
@@ -166,6 +167,14 @@ def _check(config: "RunConfig", *, records: bool = True) -> list[str]:
     if config.model.pretrained:
         check_digest(config.model, locate(config.model))
     warnings = []
+    if isinstance(config.model, ImageModelConfig):
+        size = config.task.image_size
+        larger = max(preprocessor_of(config.model).resampled(size, size))
+        if larger > size:
+            warnings.append(
+                f"task.image_size={size}: images are enlarged to the {larger} pixels that the encoder reads; "
+                f"task.image_size={larger} keeps their detail"
+            )
     for site in config.task.declared_sizes:
         make_plan(config, site)
         if not records:

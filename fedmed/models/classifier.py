@@ -118,6 +118,8 @@ class TabularClassifier(Classifier):
 class TextClassifier(Classifier):
     """A pretrained encoder, pooled, centred by public constants, and a linear head."""
 
+    features_in_words = "the encoder's plain pooled output"
+
     mean: Tensor
     projection: Tensor
 

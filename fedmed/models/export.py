@@ -15,6 +15,7 @@ from fedmed.config import RunConfig
 from fedmed.data.sentences import synthetic_sentences
 from fedmed.models import cnn
 from fedmed.models.classifier import Classifier, TextClassifier
+from fedmed.models.image_classifier import ImageClassifier
 from fedmed.privacy.accounting import round_up
 from fedmed.schema import to_dict
 from fedmed.training import Arrays, set_adapter
@@ -23,10 +24,11 @@ from fedmed.training import Arrays, set_adapter
 def export(model: Classifier, arrays: Arrays, config: RunConfig, folder: Path) -> None:
     """Write the adapter under `folder`.
 
-    LoRA kinds: a PEFT adapter (`adapter_model.safetensors`, `adapter_config.json`) and `head.safetensors`
-    with the head on the encoder's plain pooled output, so that nothing of fedmed is needed to use it.
-    Others: `adapter.safetensors` by parameter name. Of a network that is not pretrained, what is frozen in it came from
-    the seed alone: `frozen.safetensors`. All: `adapter.json` with what it belongs to.
+    Of a pretrained encoder: `head.safetensors`, so that nothing of fedmed is needed to use it; of text the head is on
+    the encoder's plain pooled output, of images on features of norm `model.feature_norm`. LoRA kinds: a PEFT adapter
+    (`adapter_model.safetensors`, `adapter_config.json`). Others: `adapter.safetensors` by parameter name. Of a network
+    that is not pretrained, what is frozen in it came from the seed alone: `frozen.safetensors`. All: `adapter.json`
+    with what it belongs to.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model.initialise(config.seed)
@@ -38,14 +40,15 @@ def export(model: Classifier, arrays: Arrays, config: RunConfig, folder: Path) -
         "adapter": to_dict(config.adapter),
         "seed": config.seed,
     }
-    if isinstance(model, TextClassifier):
+    if isinstance(model, TextClassifier | ImageClassifier):
+        described["transformers"] = version("transformers")
         weight, bias = model.plain_head()
         head = {"weight": weight.contiguous(), "bias": bias.contiguous()}
         write_bytes(folder / "head.safetensors", save_torch(head))
-        described["head"] = "logit = weight @ pooled + bias, on the encoder's plain pooled output"
+        described["head"] = f"logit = weight @ features + bias; features: {model.features_in_words}"
     described |= model.inputs(config.task)
     if config.adapter.kind in ("lora", "ffa_lora"):
-        assert isinstance(model, TextClassifier)
+        assert isinstance(model, TextClassifier | ImageClassifier)
         peft: Any = model.encoder
         peft.save_pretrained(folder, safe_serialization=True)
         # The path of this machine's base model is nobody else's business; the card has its digest.
@@ -75,9 +78,14 @@ def write_card(summary: dict[str, Any], config: RunConfig, path: Path) -> None:
     environment.filters["figure"] = lambda value, release: (
         missing[release] if value is None else f"{value:.3f}"
     )
+    # Of an image encoder the preprocessing is in the file of the base model, which export has read.
+    image = config.model.kind == "image"
+    described = json.loads((path.parent / "adapter" / "adapter.json").read_text()) if image else {}
     text = environment.get_template("card.md.j2").render(
         summary=summary,
         config=config,
+        described=described,
+        transformers=version("transformers") if config.model.pretrained else "",
         lora="lora" in config.adapter.kind,
         frozen=not config.model.pretrained and (path.parent / "adapter" / "frozen.safetensors").exists(),
         widths=cnn.WIDTHS,

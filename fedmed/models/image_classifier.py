@@ -27,6 +27,10 @@ class ImageClassifier(Classifier):
     pooled features are averaged. A record is prepared alone, so that no bit of what is stored of it depends on others.
     """
 
+    features_in_words = (
+        "the encoder's pooled output, averaged over slices and scaled to the norm feature_norm"
+    )
+
     def __init__(self, task: ImageTaskConfig, model: ImageModelConfig, adapter: AdapterConfig) -> None:
         super().__init__()
         self.config = model
@@ -80,6 +84,10 @@ class ImageClassifier(Classifier):
             | {"resampled": resampled, "size": self.size, "padding": self.preprocessor.padding(*resampled)},
             "feature_norm": self.config.feature_norm,
         }
+
+    def plain_head(self) -> tuple[Tensor, Tensor]:
+        """Weight (1, width) and bias (1,) of the head."""
+        return self.head.weight.detach(), self.head.bias.detach()
 
     @property
     def _leading(self) -> int:

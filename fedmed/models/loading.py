@@ -56,7 +56,7 @@ def locate(config: PretrainedConfig) -> Path:
 
     Raises:
         ModelError: the package is not installed, the commit is not in the cache, the folder is missing, or a file in
-            it is missing, damaged, or of a model for something else.
+            it is missing, damaged, of a model for something else, or of a preprocessing that is not known.
     """
     folder = _folder(config)
     if not folder.is_dir():
@@ -70,6 +70,7 @@ def locate(config: PretrainedConfig) -> Path:
         raise ModelError(f"model.path={folder}: its config.json is damaged") from None
     if isinstance(config, ImageModelConfig):
         _check_image(folder, kind)
+        Preprocessor.read(folder / PROCESSOR, image_size=config.image_size)
     elif isinstance(config, TextModelConfig):
         _check_text(folder, kind)
     return folder
@@ -147,6 +148,15 @@ def check_digest(config: PretrainedConfig, folder: Path) -> None:
         )
 
 
+def preprocessor_of(config: ImageModelConfig) -> Preprocessor:
+    """How the encoder's images are prepared. Torch is not loaded for it.
+
+    Raises:
+        ModelError: see `locate`.
+    """
+    return Preprocessor.read(locate(config) / PROCESSOR, image_size=config.image_size)
+
+
 def load_text_encoder(config: TextModelConfig) -> tuple[Any, Any]:
     """The encoder in eval mode and its tokenizer.
 
@@ -169,15 +179,14 @@ def load_image_encoder(config: ImageModelConfig) -> tuple[Any, Preprocessor]:
     """The encoder in eval mode, of two towers that for images, and how its images are prepared.
 
     Raises:
-        ModelError: see `locate`, `check_digest` and `Preprocessor.read`; or transformers cannot read the folder.
+        ModelError: see `locate` and `check_digest`; or transformers cannot read the folder.
     """
     folder = locate(config)
     check_digest(config, folder)
     import transformers
 
     kind = json.loads((folder / "config.json").read_text())["model_type"]
-    preprocessor = Preprocessor.read(folder / PROCESSOR, image_size=config.image_size)
-    return _load(getattr(transformers, IMAGE_FAMILIES[kind].encoder), folder), preprocessor
+    return _load(getattr(transformers, IMAGE_FAMILIES[kind].encoder), folder), preprocessor_of(config)
 
 
 def _load(cls: Any, folder: Path) -> Any:

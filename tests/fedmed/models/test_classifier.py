@@ -1,5 +1,6 @@
 """The real loading path on a tiny BERT: what is trained, what travels, what is stored."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,12 @@ from fedmed.errors import ModelError
 from fedmed.models.build import build
 from fedmed.models.classifier import TextClassifier, select
 from fedmed.models.loading import check_digest, locate
+from fedmed.privacy import dpsgd
+from fedmed.privacy.plan import make_plan
+from fedmed.privacy.randomness import seeded
+from fedmed.training import LocalData, train
 from tests.conftest import sha256
+from tests.fedmed.models.encoders import modernbert, moved, own_gradient
 
 BASE = ["tracking=none"]
 
@@ -200,3 +206,35 @@ def test_sentences_keep_the_declared_order_of_columns(hf_overrides: list[str]) -
     assert list(run.task.columns)[:3] == ["age", "sex", "cp"]
     mean = model.pooled(synthetic_sentences(run.task, 30)).mean(0)
     assert torch.allclose(mean, model.mean, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_modernbert_goes_through_the_text_path(adapter: str, tmp_path: Path) -> None:
+    """Stored states with both kinds of attention, and a private step of the real training against autograd."""
+    folder = modernbert(tmp_path / "modernbert")
+    run = compose(
+        ["model=hf", f"model.path={folder}", f"model.sha256={sha256(folder / 'model.safetensors')}", "tracking=none",
+         f"adapter={adapter}", "adapter.last_blocks=1", "training.sample_rate=1", "training.learning_rate=1"]
+    )  # fmt: skip
+    model = build(run.task, run.model, run.adapter)
+    site = read_site(run.task, "Switzerland", seed=0)
+    stored = LocalData(model.prepare(site), torch.from_numpy(site.labels), [])
+    assert ("state" in stored.batch) == (adapter == "lora")
+    arrays = moved(model)
+    records_of = [np.array([0]), np.array([1, 2]), np.array([3])]
+    whole = LocalData({n: v for n, v in stored.batch.items() if n != "state"}, stored.labels, records_of)
+    gradients = [own_gradient(model, whole, arrays, records) for records in records_of]
+    norms = [float(np.sqrt(sum((g**2).sum() for g in gradient.values()))) for gradient in gradients]
+    clip = float(np.median(norms))
+    plan = dataclasses.replace(make_plan(run, "Switzerland"), max_grad_norm=clip, steps_per_round=1, sample_rate=1.0,
+                               records_per_patient=3)  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dpsgd, "noised", lambda cells, *, grid, **_: cells.double() * grid.cell)
+        got = train(
+            model, dataclasses.replace(stored, records_of=records_of), arrays, plan=plan, training=run.training,
+            source=seeded(0),
+        ).delta  # fmt: skip
+    for name, values in got.items():
+        clipped = [g[name] * min(1, clip / norm) for g, norm in zip(gradients, norms, strict=True)]
+        assert np.abs(values + sum(clipped) / plan.expected_batch).max() < 1e-6, name
+    assert max(np.abs(values).max() for values in got.values()) > 1e-4

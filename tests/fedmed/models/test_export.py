@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,10 @@ from fedmed.data.table import read_site
 from fedmed.models.build import build
 from fedmed.models.classifier import TextClassifier
 from fedmed.models.export import export, write_card
+from fedmed.models.image_classifier import ImageClassifier
 from fedmed.privacy.plan import make_plan
 from strategies.summary import exact_result, summarise
+from tests.fedmed.models import encoders
 
 READER = """
 import json, re, sys
@@ -66,6 +69,81 @@ def test_plain_transformers_and_peft_reproduce_the_scores(
     assert files == {"adapter_model.safetensors", "adapter_config.json", "head.safetensors", "adapter.json"}
     # The path of this machine's base model is nobody else's business.
     assert str(bert_folder) not in (tmp_path / "adapter" / "adapter_config.json").read_text()
+
+
+# Each family once; every adapter, pooling, kind of preprocessing and several slices at least once.
+IMAGE_CASES = {
+    "vit": ("head", ["model.image_size=32"]),
+    "dinov2": ("lora", ["model.pooling=mean", "task.slices=3"]),
+    "dinov2_with_registers": ("ffa_lora", ["model.pooling=mean"]),
+    "dinov3_vit": ("full", []),
+    "siglip": ("lora", ["model.image_size=24", "model.feature_norm=2.5"]),
+    "clip": ("lora", ["model.pooling=pooler"]),
+    "convnext": ("lora", ["task.image_size=48"]),
+    "convnextv2": ("full", ["model.pooling=mean"]),
+}
+# One process for all of them: to import transformers takes its time.
+IMAGE_READER = (
+    READER.partition("base, folder")[0]
+    + """
+import torch
+found = {}
+for family in sys.argv[1:]:
+    card = open(f"{family}/MODEL_CARD.md").read()
+    exec(re.search(r"```python\\n(.*?)```", card, re.S)[1])
+    found[family] = scores(f"{family}/base", f"{family}/adapter", torch.load(f"{family}/images.pt")).tolist()
+print(json.dumps(found))
+"""
+)
+
+
+def test_the_snippet_for_images_states_the_preprocessing_and_reproduces_the_scores(tmp_path: Path) -> None:
+    """As above: from grey squares of 0 to 1 to the scores, in a process that cannot import fedmed."""
+    expected = {family: _exported_image_model(tmp_path / family, family) for family in IMAGE_CASES}
+    out = subprocess.run(
+        [sys.executable, "-c", IMAGE_READER, *IMAGE_CASES],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert out.returncode == 0, out.stderr
+    found = json.loads(out.stdout)
+    assert found.keys() == expected.keys() == encoders.FAMILIES.keys()
+    for family, scores in expected.items():
+        assert np.abs(np.array(found[family]) - scores).max() < 1e-5, family
+        assert scores.std() > 1e-3, family
+
+
+def _exported_image_model(folder: Path, family: str) -> np.ndarray:
+    """Write a folder with base model, adapter, card and images; return the scores of these."""
+    adapter, more = IMAGE_CASES[family]
+    base = encoders.image_encoder(folder / "base", family)
+    config = compose(encoders.image_overrides(base, family, "nowhere", f"adapter={adapter}", "seed=3", *more))
+    model = build(config.task, config.model, config.adapter)
+    assert isinstance(model, ImageClassifier)
+    arrays = encoders.moved(model)
+    export(model, arrays, config, folder / "adapter")
+    write_card(_summary(config.task.declared_sizes, config), config, folder / "MODEL_CARD.md")
+    shape = (4, config.task.slices, config.task.image_size, config.task.image_size)
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    torch.save(images, folder / "images.pt")
+    card = (folder / "MODEL_CARD.md").read_text()
+    assert f"and transformers {version('transformers')}" in card
+    assert "padded with black to a square, with values from 0 (black) to 1" in card
+    assert model.preprocessor.processor in card
+    assert f"longer side has {config.task.image_size} pixels" in card
+    described = json.loads((folder / "adapter" / "adapter.json").read_text())
+    assert described["transformers"] == version("transformers")
+    assert described["preprocessing"]["size"] == list(model.size)
+    kind = {"lora": "adapter_model", "ffa_lora": "adapter_model"}.get(adapter, "adapter")
+    files = {path.name for path in (folder / "adapter").iterdir()}
+    assert files == {f"{kind}.safetensors", "head.safetensors", "adapter.json"} | (
+        {"adapter_config.json"} if "lora" in adapter else set()
+    )
+    assert not any(str(base) in path.read_text() for path in (folder / "adapter").glob("adapter_config.json"))
+    with torch.no_grad():
+        return model(images=model.preprocessor.cut(images)).numpy()
 
 
 @pytest.mark.parametrize("overrides", [["model=logistic"], ["model=mlp"]])
