@@ -62,10 +62,12 @@ def _hydra() -> Iterator[None]:
         GlobalHydra.instance().clear()
 
 
-def options(group: str) -> list[str]:
-    """The valid options of a group: `options("model")` names every file under configs/model/."""
+@functools.cache
+def options(group: str) -> tuple[str, ...]:
+    """The valid options of a group: `options("model")` names every file under configs/model/. Hydra looks through all
+    of configs/ for it: once a process is enough."""
     loader = GlobalHydra.instance().config_loader()
-    return [name for name in loader.get_group_options(group) if not name.startswith("_")]
+    return tuple(name for name in loader.get_group_options(group) if not name.startswith("_"))
 
 
 def compose(overrides: Sequence[str]) -> RunConfig:

@@ -57,7 +57,7 @@ class ImageModelConfig(PretrainedConfig):
     # Pixels a side of what the encoder reads. 0: as preprocessor_config.json says.
     image_size: int = 0
     # cls: the class token. mean: over the patches. pooler: what the encoder's authors publish as its embedding, where
-    # its architecture has that (SigLIP, CLIP, DINO, ConvNeXt).
+    # its architecture has that (SigLIP, DINO, ConvNeXt; CLIP: before it is projected to where text is).
     pooling: str = "cls"
     # The L2 norm to which each record's pooled features are scaled.
     feature_norm: float = 1.0

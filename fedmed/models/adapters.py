@@ -1,6 +1,7 @@
 """Which parameters are trained and travel."""
 
 import re
+import warnings
 from collections.abc import Callable
 
 from torch import nn
@@ -46,15 +47,16 @@ def add_adapter(encoder: nn.Module, adapter: AdapterConfig, *, lora_targets: str
         return encoder
     from peft import LoraConfig, get_peft_model
 
-    adapted = get_peft_model(
-        encoder,
-        LoraConfig(
-            r=adapter.rank,
-            lora_alpha=adapter.alpha,
-            lora_dropout=0.0,
-            target_modules=_targets(encoder, adapter, lora_targets),
-        ),
+    settings = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=0.0,
+        target_modules=_targets(encoder, adapter, lora_targets),
     )
+    with warnings.catch_warnings():
+        # PEFT reads a setting by a name that transformers is about to drop.
+        warnings.simplefilter("ignore", FutureWarning)
+        adapted = get_peft_model(encoder, settings)
     for name, parameter in adapted.named_parameters():
         if "lora_A" in name:
             parameter.requires_grad_(adapter.kind == "lora")

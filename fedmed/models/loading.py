@@ -21,31 +21,33 @@ class ImageFamily:
 
     Attributes:
         encoder: its class in transformers; of what holds two towers, the one for images.
+        processor: the processor that its authors prepare images with.
         class_token: whether the first token stands for the whole image.
         pooler: whether its pooled output is what its authors publish as the embedding.
         fixed: whether it takes images of another size only when told to interpolate its positions.
     """
 
     encoder: str
+    processor: str
     class_token: bool = True
     pooler: bool = True
     fixed: bool = False
 
 
-_SIGLIP = ImageFamily("SiglipVisionModel", class_token=False, fixed=True)
-_CLIP = ImageFamily("CLIPVisionModel", fixed=True)
+_SIGLIP = ImageFamily("SiglipVisionModel", "SiglipImageProcessor", class_token=False, fixed=True)
+_CLIP = ImageFamily("CLIPVisionModel", "CLIPImageProcessor", fixed=True)
 # By the model_type of config.json.
 IMAGE_FAMILIES = {
-    "vit": ImageFamily("ViTModel", pooler=False, fixed=True),
-    "dinov2": ImageFamily("Dinov2Model"),
-    "dinov2_with_registers": ImageFamily("Dinov2WithRegistersModel"),
-    "dinov3_vit": ImageFamily("DINOv3ViTModel"),
+    "vit": ImageFamily("ViTModel", "ViTImageProcessor", pooler=False, fixed=True),
+    "dinov2": ImageFamily("Dinov2Model", "BitImageProcessor"),
+    "dinov2_with_registers": ImageFamily("Dinov2WithRegistersModel", "BitImageProcessor"),
+    "dinov3_vit": ImageFamily("DINOv3ViTModel", "DINOv3ViTImageProcessor"),
     "siglip": _SIGLIP,
     "siglip_vision_model": _SIGLIP,
     "clip": _CLIP,
     "clip_vision_model": _CLIP,
-    "convnext": ImageFamily("ConvNextModel", class_token=False),
-    "convnextv2": ImageFamily("ConvNextV2Model", class_token=False),
+    "convnext": ImageFamily("ConvNextModel", "ConvNextImageProcessor", class_token=False),
+    "convnextv2": ImageFamily("ConvNextV2Model", "ConvNextImageProcessor", class_token=False),
 }
 # Weights that a checkpoint need not have: their output is not used.
 UNUSED = ("pooler.", "mask_token")
@@ -64,13 +66,10 @@ def locate(config: PretrainedConfig) -> Path:
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise ModelError(f"model.path={folder}: no {name} in it{_instead(folder)}")
-    try:
-        kind = json.loads((folder / "config.json").read_text()).get("model_type", "unknown")
-    except (ValueError, AttributeError):
-        raise ModelError(f"model.path={folder}: its config.json is damaged") from None
+    kind = _kind(folder)
     if isinstance(config, ImageModelConfig):
         _check_image(folder, kind)
-        Preprocessor.read(folder / PROCESSOR, image_size=config.image_size)
+        _preprocessor(config, folder)
     elif isinstance(config, TextModelConfig):
         _check_text(folder, kind)
     return folder
@@ -154,7 +153,20 @@ def preprocessor_of(config: ImageModelConfig) -> Preprocessor:
     Raises:
         ModelError: see `locate`.
     """
-    return Preprocessor.read(locate(config) / PROCESSOR, image_size=config.image_size)
+    return _preprocessor(config, locate(config))
+
+
+def _preprocessor(config: ImageModelConfig, folder: Path) -> Preprocessor:
+    default = IMAGE_FAMILIES[_kind(folder)].processor
+    return Preprocessor.read(folder / PROCESSOR, image_size=config.image_size, default=default)
+
+
+def _kind(folder: Path) -> str:
+    """The model_type of config.json."""
+    try:
+        return str(json.loads((folder / "config.json").read_text()).get("model_type", "unknown"))
+    except (ValueError, AttributeError):
+        raise ModelError(f"model.path={folder}: its config.json is damaged") from None
 
 
 def load_text_encoder(config: TextModelConfig) -> tuple[Any, Any]:
@@ -185,8 +197,8 @@ def load_image_encoder(config: ImageModelConfig) -> tuple[Any, Preprocessor]:
     check_digest(config, folder)
     import transformers
 
-    kind = json.loads((folder / "config.json").read_text())["model_type"]
-    return _load(getattr(transformers, IMAGE_FAMILIES[kind].encoder), folder), preprocessor_of(config)
+    cls = getattr(transformers, IMAGE_FAMILIES[_kind(folder)].encoder)
+    return _load(cls, folder), _preprocessor(config, folder)
 
 
 def _load(cls: Any, folder: Path) -> Any:

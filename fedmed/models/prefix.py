@@ -64,21 +64,34 @@ def cut_point(encoder: nn.Module) -> tuple[bool, int | None]:
     return first == len(blocks), first if first is not None and 0 < first < len(blocks) else None
 
 
+class _Reached(Exception):
+    """The forward came to the block whose input is wanted: what follows need not be computed."""
+
+    def __init__(self, state: Tensor) -> None:
+        super().__init__()
+        self.state = state
+
+
 @torch.no_grad()
 def capture(encoder: nn.Module, cut: int, inputs: dict[str, Tensor]) -> Tensor:
-    """The hidden state that enters block `cut`: (batch, tokens, width), or (batch, width, rows, columns)."""
+    """The hidden state that enters block `cut`: (batch, tokens, width), or (batch, width, rows, columns).
+
+    Raises:
+        ModelError: the forward does not come to that block.
+    """
     _, blocks = transformer_blocks(encoder)
-    caught: list[Tensor] = []
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.append(args[0] if args else kwargs["hidden_states"])
+        raise _Reached(args[0] if args else kwargs["hidden_states"])
 
     handle = blocks[cut].register_forward_pre_hook(hook, with_kwargs=True)
     try:
         encoder(**inputs)
+    except _Reached as reached:
+        return reached.state.detach().clone()
     finally:
         handle.remove()
-    return caught[0].detach().clone()
+    raise ModelError(f"{type(encoder).__name__}: its forward leaves out block {cut}")
 
 
 @contextmanager

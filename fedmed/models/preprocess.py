@@ -37,13 +37,14 @@ _CROPPED = {
     "size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": _SQUARE, "image_mean": _CLIP[0],
     "image_std": _CLIP[1],
 }  # fmt: skip
+CONVNEXT = "ConvNextImageProcessor"
 # What each processor does where its file is silent.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "ViTImageProcessor": _COMMON | {"resample": 2},
     "SiglipImageProcessor": _COMMON,
     "BitImageProcessor": _COMMON | _CROPPED,
     "CLIPImageProcessor": _COMMON | _CROPPED,
-    "ConvNextImageProcessor": _COMMON | {"size": {"shortest_edge": 384}, "crop_pct": 224 / 256},
+    CONVNEXT: _COMMON | {"size": {"shortest_edge": 384}, "crop_pct": 224 / 256},
     "DINOv3ViTImageProcessor": _COMMON
     | {"resample": 2, "image_mean": _IMAGENET[0], "image_std": _IMAGENET[1]},
 }
@@ -79,16 +80,23 @@ class Preprocessor:
     std: tuple[float, ...]
 
     @classmethod
-    def read(cls, path: Path, *, image_size: int = 0) -> "Preprocessor":
+    def read(cls, path: Path, *, image_size: int = 0, default: str = "") -> "Preprocessor":
         """What the file says, with another number of pixels a side where `image_size` is not 0.
+
+        Args:
+            default: the processor of the encoder's family; some older files name none.
 
         Raises:
             ModelError: the file is damaged, or of a processor or with a key that is not known.
         """
         try:
             values = json.loads(path.read_text())
-            name = _name(path, values)
-            found = _parsed(name, _filled(path, name, values), path)
+            name = _name(path, values, default)
+            filled = _filled(path, name, values)
+            if name == CONVNEXT and image_size:
+                # What it crops away depends on the size.
+                return _parsed(name, filled | {"size": {"shortest_edge": image_size}}, path)
+            found = _parsed(name, filled, path)
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             raise ModelError(f"{path}: damaged, or of a processor that is not known") from None
         return found._resized(image_size) if image_size else found
@@ -150,9 +158,9 @@ class Preprocessor:
         return replace(self, resize=whole, crop=(size, size) if self.crop else None)
 
 
-def _name(path: Path, values: dict[str, Any]) -> str:
+def _name(path: Path, values: dict[str, Any], default: str) -> str:
     """The processor in transformers; older files name what came before it."""
-    written = values.get("image_processor_type") or values.get("feature_extractor_type") or "none"
+    written = values.get("image_processor_type") or values.get("feature_extractor_type") or default or "none"
     name = str(written).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
     if name not in DEFAULTS:
         raise ModelError(f"{path}: image_processor_type={written}: expected one of {', '.join(DEFAULTS)}")
@@ -178,7 +186,7 @@ def _parsed(name: str, values: dict[str, Any], path: Path) -> Preprocessor:
         raise ModelError(f"{path}: resample={values['resample']}: expected 2 (bilinear) or 3 (bicubic)")
     resize = _sides(values["size"], path, square=name in _SQUARES) if values["do_resize"] else None
     crop = _sides(values["crop_size"], path, square=True) if values["do_center_crop"] else None
-    if name == "ConvNextImageProcessor" and resize is not None:
+    if name == CONVNEXT and resize is not None:
         if not isinstance(resize, int) or crop is not None:
             raise ModelError(f"{path}: size={values['size']}: expected shortest_edge, and no do_center_crop")
         # From 384 pixels on it warps the whole image; below, it keeps the middle.

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from fedmed.errors import ModelError
 from fedmed.model import ImageModelConfig, TextModelConfig
 from fedmed.models.loading import IMAGE_FAMILIES, check_digest, load_image_encoder, load_text_encoder, locate
+from fedmed.models.preprocess import DEFAULTS
 from tests.conftest import sha256
 from tests.fedmed.models.encoders import image_encoder
 
@@ -47,6 +48,7 @@ def test_every_family_is_a_class_of_this_transformers() -> None:
     assert len(IMAGE_FAMILIES) == 10
     for family in IMAGE_FAMILIES.values():
         assert issubclass(getattr(t, family.encoder), torch.nn.Module)
+        assert family.processor in DEFAULTS
 
 
 def test_of_two_towers_the_one_for_images_is_loaded(clip: Path) -> None:

@@ -137,6 +137,11 @@ def test_another_image_size_crops_away_as_much(tmp_path: Path) -> None:
     assert (larger.resize, larger.crop) == (512, (448, 448))
     for kind in DEFAULTS:
         assert written(tmp_path, {"image_processor_type": kind}, image_size=96).size(300, 300) == (96, 96)
+    # ConvNeXt warps from 384 pixels on, and crops below.
+    convnext = {"image_processor_type": "ConvNextImageProcessor"}
+    assert (written(tmp_path, convnext).resize, written(tmp_path, convnext).crop) == ((384, 384), None)
+    smaller = written(tmp_path, convnext, image_size=224)
+    assert (smaller.resize, smaller.crop) == (256, (224, 224))
 
 
 def test_older_files_are_read_as_transformers_reads_them(tmp_path: Path) -> None:
@@ -151,6 +156,9 @@ def test_older_files_are_read_as_transformers_reads_them(tmp_path: Path) -> None
         tmp_path, {"image_processor_type": "ConvNextImageProcessor", "size": 224, "crop_pct": 0.875}
     )
     assert (convnext.resize, convnext.crop) == (256, (224, 224))
+    (tmp_path / PROCESSOR).write_text('{"size": 224, "do_resize": true}')
+    unnamed = Preprocessor.read(tmp_path / PROCESSOR, default="ViTImageProcessor")
+    assert (unnamed.processor, unnamed.size(300, 200)) == ("ViTImageProcessor", (224, 224))
 
 
 REFUSED = [
