@@ -27,7 +27,7 @@ def pictures() -> ModuleType:
 
 def pretrained(out: Path, *arguments: str) -> bytes:
     """The weights after two steps."""
-    command = [sys.executable, SCRIPTS / "pretrain.py", out, "--steps", "2", *arguments]
+    command = [sys.executable, SCRIPTS / "pretrain.py", out, "--steps", "2", "--reference", "128", *arguments]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert "step 2 of 2" in ended.stdout

@@ -33,11 +33,9 @@ LEARNING_RATE = {"convnext": 2e-3, "vit": 1e-3}
 WEIGHT_DECAY = 0.05
 WARM_UP = 100
 LOSSES = ("kinds", "measures", "maps")
-# Pictures over which the measures are standardised and the encoder's output is centred.
-REFERENCE = 1024
 # A map's deviation is about 0.03.
 MAP_SCALE = 20.0
-# The second word of every generator: phantoms of `make_phantoms` use 1 to 3 there, whatever their seed.
+# The second word of every generator: synthetic hospitals have 1 to 4 there, whatever their seed.
 STREAM = 70_000
 
 
@@ -149,13 +147,19 @@ def schedule(steps: int) -> Iterator[float]:
         yield min(1, (step + 1) / WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
-def pretrain(architecture: str, *, steps: int, seed: int) -> PreTrainedModel:
-    """The trained encoder; what it costs and how well it does is printed as it goes."""
+def pretrain(architecture: str, *, steps: int, seed: int, reference: int) -> PreTrainedModel:
+    """The trained encoder; what it costs and how well it does is printed as it goes.
+
+    Args:
+        reference: pictures over which the measures are standardised and the encoder's output is centred.
+    """
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(seed)
-    reference = draw(REFERENCE, stream(seed, 0))
-    mean, deviation = (torch.from_numpy(f(reference.measures, axis=0)) for f in (np.mean, np.std))
+    known = draw(reference, stream(seed, 0))
+    mean, deviation = (torch.from_numpy(f(known.measures, axis=0)) for f in (np.mean, np.std))
+    # Among few pictures no finding may have taken brightness from some zone.
+    deviation = deviation.clamp_min(0.01)
     model = {"convnext": Convnext, "vit": Vit}[architecture]()
     reader = Reader(model.width, model.cells, len(mean))
     optimizer = optimizer_of(architecture, model, reader)
@@ -175,16 +179,15 @@ def pretrain(architecture: str, *, steps: int, seed: int) -> PreTrainedModel:
             )
             print(f"step {step} of {steps}, {time.process_time():.0f} CPU s: {values}", flush=True)
             since = []
-    centre(model, reference)
+    centre(model, known.images)
     return model.encoder
 
 
 @torch.no_grad()
-def centre(model: nn.Module, reference: Pictures) -> None:
+def centre(model: nn.Module, images: np.ndarray) -> None:
     """Let the features have mean 0 and deviation 1 over made-up pictures: constants that no record has a part in."""
     model.eval()
-    parts = np.split(reference.images, REFERENCE // BATCH)
-    pooled = torch.cat([model(pixels_of(part))[0] for part in parts])
+    pooled = torch.cat([model(part)[0] for part in pixels_of(images).split(BATCH)])
     model.standardise(pooled.mean(0), pooled.std(0))
 
 
@@ -212,8 +215,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--architecture", choices=sorted(LEARNING_RATE), default="convnext")
+    parser.add_argument("--reference", type=int, default=1024)
     asked = parser.parse_args()
-    write(pretrain(asked.architecture, steps=asked.steps, seed=asked.seed), asked.out)
+    encoder = pretrain(asked.architecture, steps=asked.steps, seed=asked.seed, reference=asked.reference)
+    write(encoder, asked.out)
 
 
 if __name__ == "__main__":
