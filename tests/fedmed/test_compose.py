@@ -51,6 +51,7 @@ NEEDS = {
     ("task", "csv"): ["task.path=table.csv"],
     ("task", "dicom"): ["task.path=ingested", "model=cnn"],
     ("model", "cnn"): IMAGES,
+    ("model", "phantom"): IMAGES,
     ("model", "hf"): ["model.path=folder", f"model.sha256={'a' * 64}"],
     ("model", "hf_image"): [*IMAGES, "model.path=folder", f"model.sha256={'a' * 64}"],
     ("adapter", "lora"): [],
