@@ -111,13 +111,14 @@ OTHERS: dict[type, tuple[str, list[str], dict[str, tuple[str, Any]]]] = {
     TextModelConfig: ("model.", ["model=hf"], {
         "path": ("null", None), "package": ("null", None), "hub": ("org/name", "org/name"),
         "revision": ("c" * 40, "c" * 40), "sha256": ("b" * 64, "b" * 64), "lora_targets": ("q_proj", "q_proj"),
-        "max_tokens": ("64", 64), "pooling": ("cls", "cls"), "synthetic_sentences": ("10", 10),
-        "components": ("5", 5), "whitening": ("0.25", 0.25), "feature_norm": ("2", 2.0),
+        "activations": ("fp16", "fp16"), "max_tokens": ("64", 64), "pooling": ("cls", "cls"),
+        "synthetic_sentences": ("10", 10), "components": ("5", 5), "whitening": ("0.25", 0.25), "feature_norm": ("2", 2.0),
     }),
     ImageModelConfig: ("model.", ["model=hf_image", "task=dicom", "task.path=ingested"], {
         "path": ("null", None), "package": ("a:model", "a:model"), "hub": ("null", None), "revision": ("''", ""),
         "sha256": ("b" * 64, "b" * 64), "lora_targets": ("'q_proj|v_proj'", "q_proj|v_proj"),
-        "image_size": ("448", 448), "pooling": ("pooler", "pooler"), "feature_norm": ("2", 2.0),
+        "activations": ("bf16", "bf16"), "image_size": ("448", 448), "pooling": ("pooler", "pooler"),
+        "feature_norm": ("2", 2.0),
     }),
     ModelAbout: ("model.about.", ["model=hf", "model.path=folder", f"model.sha256={'b' * 64}"], {
         "title": ("'a title'", "a title"), "modality": ("notes", "notes"), "licence": ("MIT", "MIT"),
