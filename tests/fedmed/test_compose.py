@@ -112,7 +112,8 @@ OTHERS: dict[type, tuple[str, list[str], dict[str, tuple[str, Any]]]] = {
         "path": ("null", None), "package": ("null", None), "hub": ("org/name", "org/name"),
         "revision": ("c" * 40, "c" * 40), "sha256": ("b" * 64, "b" * 64), "lora_targets": ("q_proj", "q_proj"),
         "activations": ("fp16", "fp16"), "max_tokens": ("64", 64), "pooling": ("cls", "cls"),
-        "synthetic_sentences": ("10", 10), "components": ("5", 5), "whitening": ("0.25", 0.25), "feature_norm": ("2", 2.0),
+        "synthetic_sentences": ("10", 10), "components": ("5", 5), "whitening": ("0.25", 0.25),
+        "feature_norm": ("2", 2.0),
     }),
     ImageModelConfig: ("model.", ["model=hf_image", "task=dicom", "task.path=ingested"], {
         "path": ("null", None), "package": ("a:model", "a:model"), "hub": ("null", None), "revision": ("''", ""),
