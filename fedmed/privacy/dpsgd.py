@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedmed.errors import PrivacyError
 from fedmed.privacy.clipping import ClippedSum, noised
-from fedmed.privacy.patient_gradients import PatientGradients
+from fedmed.privacy.patient_gradients import Layout, PatientGradients
 from fedmed.privacy.plan import PrivacyPlan
 from fedmed.privacy.randomness import RandomSource
 
@@ -36,34 +36,48 @@ class PatientOptimizer(DPOptimizer):
         self.grid = plan.grid
         self.source = source
         self.noise_draws = 0
-        self._order = self.params
-        self._sum = self._nothing()
+        self._patients = 0
+        self._layout: Layout = []
+        self._sum: ClippedSum | None = None
 
-    def _nothing(self) -> ClippedSum:
-        entries = sum(p.numel() for p in self.params)
-        return ClippedSum(entries, grid=self.grid, device=self.params[0].device)
-
-    def accumulate(self, gradients: Tensor, parameters: list[nn.Parameter]) -> None:
+    def accumulate(self, gradients: Tensor, layout: Layout) -> None:
         """Add the clipped and truncated gradients of patients to the step's sum.
 
         Args:
-            gradients: (patients, entries): those of all parameters in a row.
-            parameters: in that order, which stays the same within a step.
+            gradients: (patients, entries).
+            layout: what lies in a row; the same object as long as it is the same. What is not there is zero.
 
         Raises:
             PrivacyError: with those before they are more than the grid can sum.
         """
-        self._order = parameters
+        self._patients += len(gradients)
+        self.grid.check_fits(self._patients)
+        if self._sum is None or layout is not self._layout:
+            self._drain()
+            self._layout = layout
+            self._sum = ClippedSum(gradients.shape[1], grid=self.grid, device=gradients.device)
         self._sum.add(gradients)
+
+    def _drain(self) -> None:
+        """Move what was summed so far to `p.summed_grad`."""
+        for p in self.params:
+            if p.summed_grad is None:
+                p.summed_grad = torch.zeros(p.shape, dtype=torch.int64, device=p.device)
+        if self._sum is not None:
+            regions = [p.summed_grad[region] for p, region in self._layout]  # type: ignore[attr-defined]
+            for region, cells in zip(regions, _split(self._sum.cells(), regions), strict=True):
+                region += cells
+        self._sum = None
 
     def clip_and_accumulate(self) -> None:
         """As `accumulate`, of what Opacus's way leaves in `p.grad_sample`; the sum is then in `p.summed_grad`."""
         for p in self.params:
             _check_processed_flag(p.grad_sample)
         if len(self.grad_samples[0]):
-            self.accumulate(torch.cat([g.flatten(1) for g in self.grad_samples], dim=1), self.params)
-        for p, cells in zip(self._order, _split(self._sum.cells(), self._order), strict=True):
-            p.summed_grad = cells
+            gradients = torch.cat([g.flatten(1) for g in self.grad_samples], dim=1)
+            self.accumulate(gradients, [(p, ()) for p in self.params])
+        self._drain()
+        for p in self.params:
             _mark_as_processed(p.grad_sample)
 
     def add_noise(self) -> None:
@@ -76,13 +90,13 @@ class PatientOptimizer(DPOptimizer):
             p.grad = own.to(p.dtype)
             _mark_as_processed(p.summed_grad)
         self.noise_draws += 1
-        self._sum = self._nothing()
+        self._patients = 0
 
 
-def _split(flat: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
-    """What lies in a row, by parameter and in its shape."""
-    parts = flat.split([p.numel() for p in parameters])
-    return [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
+def _split(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """What lies in a row, in the shapes of others."""
+    parts = flat.split([one.numel() for one in like])
+    return [part.view(one.shape) for part, one in zip(parts, like, strict=True)]
 
 
 def private_step(
@@ -98,8 +112,8 @@ def private_step(
             batch was split, to the last bit.
     """
     for losses, patient_of_record in chunks:
-        for gradients in model.combine(losses, patient_of_record):
-            optimizer.accumulate(gradients, model.parameters)
+        for gradients, layout in model.combine(losses, patient_of_record):
+            optimizer.accumulate(gradients, layout)
     # Opacus's step then clips nobody, so that empty and full batches go the same way.
     for p in model.parameters:
         p.grad_sample = torch.zeros(0, *p.shape, dtype=p.dtype, device=p.device)  # type: ignore[attr-defined]

@@ -36,6 +36,10 @@ class Block:
         return own.unflatten(0, (self.patients, self.records))
 
 
+# Where in a parameter a gradient can differ from zero; () is everywhere.
+Region = tuple[slice, ...]
+
+
 @dataclass(frozen=True)
 class Product:
     """Of a weight matrix: the sum over places of an output's gradient times an input.
@@ -44,15 +48,25 @@ class Product:
         outputs: (records, out, places).
         inputs: (records, *in, *places), any strides.
         places: how many dimensions of `inputs` are places.
+        region: of the weight, (out, *in).
     """
 
     outputs: Tensor
     inputs: Tensor
     places: int = 1
+    region: Region = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the region."""
+        return (self.outputs.shape[1], *self._inputs().shape[1 : -self.places])
+
+    def _inputs(self) -> Tensor:
+        return self.inputs[(slice(None), *self.region[1:])] if self.region else self.inputs
 
     def write(self, block: Block, out: Tensor, *, add: bool) -> None:
         """Into or onto (patients, entries): one matrix product a patient, over the places of all its records."""
-        left, right = _joined(block, self.outputs, 1), _joined(block, self.inputs, self.places)
+        left, right = _joined(block, self.outputs, 1), _joined(block, self._inputs(), self.places)
         matrix = out.unflatten(1, (left.shape[1], right.shape[1]))
         left, right = left.to(out.dtype), right.to(out.dtype).transpose(1, 2)
         torch.baddbmm(matrix, left, right, beta=int(add), out=matrix)
@@ -75,6 +89,12 @@ class Small:
     """
 
     values: Tensor
+    region: Region = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the parameter."""
+        return tuple(self.values.shape[1:])
 
     def write(self, block: Block, out: Tensor, *, add: bool) -> None:
         """Into or onto (patients, entries)."""
@@ -86,10 +106,13 @@ class Sampled:
     """By Opacus's rule, for the records of a block at a time.
 
     Attributes:
+        shape: of the parameter.
         of: (patients * records, *shape) for a block.
     """
 
+    shape: tuple[int, ...]
     of: Callable[[Block], Tensor]
+    region: Region = ()
 
     def write(self, block: Block, out: Tensor, *, add: bool) -> None:
         """Into or onto (patients, entries)."""
@@ -125,7 +148,7 @@ def _by_opacus(layer: nn.Module, inputs: list[Tensor], backprops: Tensor) -> dic
         return GradSampleModule.GRAD_SAMPLERS[type(layer)](layer, own[:-1], own[-1])
 
     def rule(p: nn.Parameter) -> Sampled:
-        return Sampled(lambda block: sampled(block)[p])
+        return Sampled(tuple(p.shape), lambda block: sampled(block)[p])
 
     return {p: rule(p) for p in layer.parameters(recurse=False) if p.requires_grad}
 
@@ -161,21 +184,43 @@ def conv2d(layer: nn.Conv2d, images: Tensor, backprops: Tensor) -> dict[Tensor, 
     found: dict[Tensor, Gradient] = {}
     flat = backprops.flatten(2)
     if layer.weight.requires_grad:
-        found[layer.weight] = Product(flat, _patches(layer, images, backprops), places=2)
+        patches, region = _patches(layer, images, backprops)
+        found[layer.weight] = Product(flat, patches, places=2, region=region)
     if layer.bias is not None and layer.bias.requires_grad:
         found[layer.bias] = Small(flat.sum(dim=2))
     return found
 
 
-def _patches(layer: nn.Conv2d, images: Tensor, backprops: Tensor) -> Tensor:
-    """A view (records, channels, *kernel, *places) of the padded images: what each weight is multiplied with."""
+def _patches(layer: nn.Conv2d, images: Tensor, backprops: Tensor) -> tuple[Tensor, Region]:
+    """A view (records, channels, *kernel, *places) of the padded images: what each weight is multiplied with.
+
+    Beside it the region of the weights that meet anything but zeros, which padded a map smaller than the kernel.
+    """
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = functional.pad(images, layer._reversed_padding_repeated_twice, mode=mode).contiguous()
+    around = layer._reversed_padding_repeated_twice
+    padded = functional.pad(images, around, mode=mode).contiguous()
     record, channel, row, column = padded.stride()
     kernel = (row * layer.dilation[0], column * layer.dilation[1])
     place = (row * layer.stride[0], column * layer.stride[1])
     shape = (*padded.shape[:2], *layer.kernel_size, *backprops.shape[2:])
-    return padded.as_strided(shape, (record, channel, *kernel, *place), padded.storage_offset())
+    patches = padded.as_strided(shape, (record, channel, *kernel, *place), padded.storage_offset())
+    if mode != "constant":
+        return patches, ()
+    # Of rows and of columns: a place's pixel is at place * stride + weight * dilation - padding.
+    live = [
+        [
+            weight
+            for weight in range(layer.kernel_size[n])
+            if any(
+                0
+                <= place * layer.stride[n] + weight * layer.dilation[n] - around[2 - 2 * n]
+                < images.shape[2 + n]
+                for place in range(backprops.shape[2 + n])
+            )
+        ]
+        for n in (0, 1)
+    ]
+    return patches, (slice(None), slice(None), *(slice(own[0], own[-1] + 1) for own in live))
 
 
 def group_norm(layer: nn.GroupNorm, values: Tensor, backprops: Tensor) -> dict[Tensor, Gradient]:

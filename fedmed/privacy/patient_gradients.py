@@ -5,7 +5,9 @@ what they wrote are kept, and blocks of patients are taken from them, so that no
 at once; the backward pass leaves out the batch's gradient, which nobody reads.
 """
 
+import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,11 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from fedmed.errors import PrivacyError
-from fedmed.privacy.layer_gradients import Block, Gradient, Small, layer_gradients
+from fedmed.privacy.layer_gradients import Block, Gradient, Region, Small, layer_gradients
 
 # Entries of gradients that are held at once, but at least one patient's: half of them in a core's cache; on an
 # accelerator 256 MB, so that it has enough to do.
 BLOCK_ENTRIES = {"cpu": 2**19, "cuda": 2**26}
+
+# What lies in a row of gradients, one after the other: parts of parameters.
+Layout = list[tuple[nn.Parameter, Region]]
 
 
 @dataclass(frozen=True)
@@ -112,17 +117,17 @@ class PatientGradients:
         if torch.is_grad_enabled():
             self._calls.append(_Call(module, [value.detach() for value in inputs], output))
 
-    def combine(self, losses: Tensor, patient_of_record: Tensor) -> Iterator[Tensor]:
+    def combine(self, losses: Tensor, patient_of_record: Tensor) -> Iterator[tuple[Tensor, Layout]]:
         """Each patient's gradient of the mean loss over the records that it has here, some patients at a time.
 
-        The order of the patients is not that of their numbers.
+        The order of the patients is not that of their numbers. What the layout leaves out is zero.
 
         Args:
             losses: (records,), of the last call.
             patient_of_record: (records,) int64, numbers from 0, on the host.
 
         Yields:
-            (patients, entries): all of `parameters` in a row. The next block is written over it.
+            (patients, entries), where the next block is written over it, and what lies there, one object for all.
 
         Raises:
             PrivacyError: a layer works in place on what a trainable one read or wrote.
@@ -142,26 +147,29 @@ class PatientGradients:
             inputs = [owners.ordered(value) for value in call.inputs]
             for p, own in layer_gradients(call.module, inputs, owners.ordered(gradient)).items():
                 found.setdefault(p, []).append(own)
-        return self._blocks(owners, [found.get(p, []) for p in self.parameters], losses.device)
+        return self._blocks(owners, {p: found[p] for p in self.parameters if p in found}, losses.device)
 
     @torch.no_grad()
-    def _blocks(self, owners: Owners, found: list[list[Gradient]], device: torch.device) -> Iterator[Tensor]:
-        entries = self._columns[-1].stop
-        most = max(1, BLOCK_ENTRIES.get(device.type, BLOCK_ENTRIES["cuda"]) // entries)
-        largest = max((block.patients for block in owners.blocks(most)), default=0)
+    def _blocks(
+        self, owners: Owners, found: dict[nn.Parameter, list[Gradient]], device: torch.device
+    ) -> Iterator[tuple[Tensor, Layout]]:
+        parts = _parts(found)
+        layout = [(p, gradients[0].region) for p, gradients in parts]
+        sizes = [math.prod(gradients[0].shape) for _, gradients in parts]
+        entries = sum(sizes)
+        most = max(1, BLOCK_ENTRIES.get(device.type, BLOCK_ENTRIES["cuda"]) // max(1, entries))
+        needed = entries * max((block.patients for block in owners.blocks(most)), default=0)
         # Kept from step to step: fresh pages cost as much as what is written to them.
-        if self._held is None or len(self._held) < largest:
+        if self._held is None or self._held.numel() < needed:
             dtype = torch.promote_types(torch.float32, self.parameters[0].dtype)
-            self._held = torch.zeros(largest, entries, dtype=dtype, device=device)
-        parts = _merged(self._columns, found)
+            self._held = torch.empty(needed, dtype=dtype, device=device)
+        jobs = _merged(sizes, [gradients for _, gradients in parts])
         for block in owners.blocks(most):
-            held = self._held[: block.patients]
-            for columns, own in parts:
-                if not own:
-                    held[:, columns] = 0
-                for number, gradient in enumerate(own):
+            held = self._held[: block.patients * entries].view(block.patients, entries)
+            for columns, gradients in jobs:
+                for number, gradient in enumerate(gradients):
                     gradient.write(block, held[:, columns], add=number > 0)
-            yield held
+            yield held, layout
 
     def close(self) -> None:
         """Leave the network as it was."""
@@ -170,15 +178,28 @@ class PatientGradients:
         self._calls = []
 
 
-def _merged(columns: list[slice], found: list[list[Gradient]]) -> list[tuple[slice, list[Gradient]]]:
-    """Neighbours that are small and come from one layer each as one."""
-    parts: list[tuple[slice, list[Gradient]]] = []
-    for small, run in itertools.groupby(
-        zip(columns, found, strict=True), key=lambda part: len(part[1]) == 1 and isinstance(part[1][0], Small)
-    ):
-        own = list(run)
-        if small:
-            values = torch.cat([gradient.values for _, [gradient] in own], dim=1)  # type: ignore[union-attr]
-            own = [(slice(own[0][0].start, own[-1][0].stop), [Small(values)])]
-        parts += own
-    return parts
+def _parts(found: dict[nn.Parameter, list[Gradient]]) -> list[tuple[nn.Parameter, list[Gradient]]]:
+    """Small ones last; those that are added up with a region in common, which is everywhere."""
+    whole = {
+        p: [dataclasses.replace(own, region=()) for own in gradients] if len(gradients) > 1 else gradients
+        for p, gradients in found.items()
+    }
+    return sorted(whole.items(), key=lambda part: _is_small(part[1]))
+
+
+def _is_small(gradients: list[Gradient]) -> bool:
+    return len(gradients) == 1 and isinstance(gradients[0], Small)
+
+
+def _merged(sizes: list[int], found: list[list[Gradient]]) -> list[tuple[slice, list[Gradient]]]:
+    """Which columns are written by what: the small ones, which are last, at once."""
+    ends = itertools.accumulate(sizes, initial=0)
+    jobs = [(slice(*pair), own) for pair, own in zip(itertools.pairwise(ends), found, strict=True)]
+    small = [
+        gradient.values for own in found if _is_small(own) for gradient in own if isinstance(gradient, Small)
+    ]
+    if small:
+        jobs = jobs[: -len(small)]
+        together = torch.cat(small, dim=1)
+        jobs.append((slice(sum(sizes) - together.shape[1], sum(sizes)), [Small(together)]))
+    return jobs

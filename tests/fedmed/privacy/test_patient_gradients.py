@@ -61,8 +61,19 @@ def assert_same_patients(found: Tensor, expected: Tensor) -> None:
 
 
 def combined(wrapped: PatientGradients, losses: Tensor, patients: Tensor = PATIENTS) -> Tensor:
-    """(patients, entries), whatever the blocks."""
-    return torch.cat([block.clone() for block in wrapped.combine(losses, patients)])
+    """(patients, entries of all parameters in their order), whatever the blocks and whatever they leave out."""
+    rows = []
+    for block, layout in wrapped.combine(losses, patients):
+        whole = {p: torch.zeros(len(block), *p.shape) for p in wrapped.parameters}
+        first = 0
+        for p, region in layout:
+            part = whole[p][(slice(None), *region)]
+            entries = part[0].numel()
+            part.copy_(block[:, first : first + entries].view(part.shape))
+            first += entries
+        assert first == block.shape[1]
+        rows.append(torch.cat([own.flatten(1) for own in whole.values()], dim=1))
+    return torch.cat(rows)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +164,37 @@ def test_owners_group_patients_by_their_number_of_records(most: int) -> None:
             assert len(own) == int((own[0] == PATIENTS).sum())
             seen.append(int(own[0]))
     assert sorted(seen) == [0, 1, 2, 3, 5]
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "entries"),
+    [((1, 1), {"padding": 1}, 1), ((2, 1), {"padding": 1}, 3), ((2, 2), {"padding": 1}, 9),
+     ((2, 1), {"padding": 2, "stride": 2, "dilation": 2}, 1), ((5, 5), {}, 9),
+     ((3, 3), {"padding": 1, "padding_mode": "reflect"}, 9)],
+)  # fmt: skip
+@pytest.mark.parametrize("twice", [False, True])
+def test_weights_that_meet_padding_alone_are_left_out(
+    size: tuple[int, int], options: dict, entries: int, twice: bool
+) -> None:
+    """Of a map smaller than the kernel; but not where another call of the layer meets them."""
+
+    class Maps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(1, 1, 3, bias=False, **options)
+
+        def forward(self, images: Tensor) -> Tensor:
+            found = self.layer(images).tanh().sum(dim=(1, 2, 3))
+            return found + self.layer(images.repeat(1, 1, 3, 3)).tanh().sum(dim=(1, 2, 3)) if twice else found
+
+    torch.manual_seed(0)
+    model = Maps()
+    wrapped = PatientGradients(model)
+    images, weights = torch.randn(len(PATIENTS), 1, *size), torch.rand(len(PATIENTS))
+    block, _ = next(wrapped.combine(wrapped(images=images) * weights, PATIENTS))
+    assert block.shape[1] == (9 if twice else entries)
+    got = combined(wrapped, wrapped(images=images) * weights)
+    assert_same_patients(got, expected_gradients(model, wrapped.parameters, images, weights))
 
 
 class Wide(nn.Module):
