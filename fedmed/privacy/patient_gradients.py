@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from fedmed.errors import PrivacyError
 from fedmed.privacy.layer_gradients import Block, Gradient, Region, Small, layer_gradients
 
-# Entries of gradients that are held at once, but at least one patient's: half of them in a core's cache; on an
-# accelerator 256 MB, so that it has enough to do.
-BLOCK_ENTRIES = {"cpu": 2**19, "cuda": 2**26}
+# Entries of gradients that are held at once, but at least one patient's: 128 MB, on an accelerator 1 GB.
+BLOCK_ENTRIES = {"cpu": 2**25, "cuda": 2**28}
 
 # What lies in a row of gradients, one after the other: parts of parameters.
 Layout = list[tuple[nn.Parameter, Region]]
