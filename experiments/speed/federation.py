@@ -17,13 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "federation.csv"
-COLUMNS = ("side", "round", "seconds", "peak_mb", "epsilon")
+COLUMNS = ("side", "round", "seconds", "cpu_seconds", "peak_mb", "epsilon")
 SITES, HELD_OUT, RATE = 4, 0.2, 1 / 16
 NAMES = [f"site-{number + 1}" for number in range(SITES)]
 
@@ -46,6 +47,15 @@ def fedmed(*arguments: str, folder: Path) -> None:
     ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if ended.returncode:
         raise RuntimeError(f"fedmed {' '.join(arguments)}: {ended.stderr[-1000:]}")
+
+
+def timed(action: Callable[[], None]) -> dict[str, float]:
+    """Seconds on the clock, and of all cores, from before a command's process starts until it has ended."""
+    began, before = time.monotonic(), os.times()
+    action()
+    after = os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return {"seconds": time.monotonic() - began, "cpu_seconds": cpu}
 
 
 def prepare(folder: Path, source: Path) -> None:
@@ -80,28 +90,31 @@ def settings(patients: int, rounds: int, steps: int) -> list[str]:
 
 def run_federation(folder: Path, overrides: list[str], number: int) -> dict[str, float]:
     """Seconds of `fedmed run`, from before the process starts until it has ended, and what it says of itself."""
-    began = time.monotonic()
-    fedmed("run", *overrides, f"run_dir=run-{number}", folder=folder)
-    seconds = time.monotonic() - began
+    seconds = timed(lambda: fedmed("run", *overrides, f"run_dir=run-{number}", folder=folder))
     summary = json.loads((folder / f"run-{number}" / "summary.json").read_text())
     epsilon = summary["privacy"]["consortium"]["one_site"]["epsilon"]
-    return {"seconds": seconds, "peak_mb": summary["peak_rss_mb"], "epsilon": epsilon}
+    return seconds | {"peak_mb": summary["peak_rss_mb"], "epsilon": epsilon}
 
 
-def run_bare(source: Path, patients: int, rounds: int, steps: int) -> dict[str, float]:
-    """Seconds of the bare loop, likewise; it may use every core."""
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+def run_bare(source: Path, patients: int, rounds: int, steps: int, threads: int) -> dict[str, float]:
+    """Seconds of the bare loop, likewise, on as many threads as asked."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     command = [
         sys.executable, str(HERE / "bare.py"), str(source), "--sites", str(SITES), "--rounds", str(rounds),
         "--steps", str(steps), "--patients", str(patients), "--rate", str(RATE),
     ]  # fmt: skip
-    began = time.monotonic()
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return {"seconds": time.monotonic() - began, "peak_mb": json.loads(ended.stdout)["peak_mb"]}
+    said: list[str] = []
+
+    def run() -> None:
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        said.append(ended.stdout)
+
+    seconds = timed(run)
+    return seconds | {"peak_mb": json.loads(said[0])["peak_mb"]}
 
 
 def measure(
-    folder: Path, *, repetitions: int, rounds: int, steps: int, count: int
+    folder: Path, *, repetitions: int, rounds: int, steps: int, count: int, threads: int
 ) -> list[dict[str, object]]:
     """Rows of both sides, alternating."""
     source = images(folder, count)
@@ -112,7 +125,7 @@ def measure(
     for number in range(repetitions):
         found = {
             "fedmed": run_federation(folder, settings(patients, rounds, steps), number),
-            "bare loop": run_bare(source, round((1 - HELD_OUT) * patients), rounds, steps),
+            "bare loop": run_bare(source, round((1 - HELD_OUT) * patients), rounds, steps, threads),
         }
         rows += [{"side": side, "round": number} | values for side, values in found.items()]
         print(*(f"{side}: {values['seconds']:.1f} s" for side, values in found.items()), sep=", ", flush=True)
@@ -127,28 +140,29 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=16, help="of each site in a round")
     parser.add_argument("--images", type=int, default=3882, help="made-up ones, where FEDMED_DATA is not set")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the bare loop")
     parser.add_argument("--folder", help="where the ingested images are kept; else a temporary one")
     parser.add_argument("--results", default=str(RESULTS))
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(asked.folder or temporary).resolve()
         rows = measure(
-            folder, repetitions=asked.repetitions, rounds=asked.rounds, steps=asked.steps, count=asked.images
-        )
+            folder, repetitions=asked.repetitions, rounds=asked.rounds, steps=asked.steps, count=asked.images,
+            threads=asked.threads,
+        )  # fmt: skip
     with open(asked.results, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
     sides = {side: [row for row in rows if row["side"] == side] for side in ("fedmed", "bare loop")}
-    seconds, peaks = (
+    seconds, cpu, peaks = (
         {side: statistics.median(float(str(row[name])) for row in own) for side, own in sides.items()}
-        for name in ("seconds", "peak_mb")
+        for name in ("seconds", "cpu_seconds", "peak_mb")
     )
     for side in sides:
-        print(f"{side:<10} {seconds[side]:>6.1f} s {peaks[side]:>6.0f} MB")
-    print(
-        f"ratio {seconds['fedmed'] / seconds['bare loop']:.2f}, epsilon {sides['fedmed'][0]['epsilon']:.4f}"
-    )
+        print(f"{side:<10} {seconds[side]:>6.1f} s {cpu[side]:>6.1f} CPU s {peaks[side]:>6.0f} MB")
+    clock, work = (values["fedmed"] / values["bare loop"] for values in (seconds, cpu))
+    print(f"ratio {clock:.2f} (CPU {work:.2f}), epsilon {sides['fedmed'][0]['epsilon']:.4f}")
 
 
 if __name__ == "__main__":
