@@ -50,15 +50,20 @@ SETTINGS = [
 class Sides:
     """The same network with and without privacy, each with its own optimizer."""
 
-    def __init__(self, setting: Setting) -> None:
-        self.values, self.labels, self.patients = records(setting)
-        self.setting = setting
-        self.model = network(setting)
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.plain_optimizer = torch.optim.SGD(parameters, lr=1e-3)
+    def __init__(self, setting: Setting, device: torch.device | str = "cpu") -> None:
+        values, labels, self.patients = records(setting)
+        self.values, self.labels = values.to(device), labels.to(device)
+        self.models = {side: network(setting).to(device) for side in ("plain", "private")}
+        optimizers = {
+            side: torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+            for side, model in self.models.items()
+        }
+        self.plain_optimizer = optimizers["plain"]
         self.private_optimizer = PatientOptimizer(
-            torch.optim.SGD(parameters, lr=1e-3), plan=plan(setting), source=operating_system()
+            optimizers["private"], plan=plan(setting), source=operating_system()
         )
+        # As in training, for all steps of a round.
+        self.wrapped = PatientGradients(self.models["private"])
 
     def losses(self, model: Callable[..., Tensor]) -> Tensor:
         return functional.binary_cross_entropy_with_logits(
@@ -67,14 +72,13 @@ class Sides:
 
     def plain(self) -> None:
         self.plain_optimizer.zero_grad(set_to_none=True)
-        self.losses(self.model).mean().backward()
+        self.losses(self.models["plain"]).mean().backward()
         self.plain_optimizer.step()
         self.plain_optimizer.zero_grad(set_to_none=True)
 
     def private(self) -> None:
-        wrapped = PatientGradients(self.model)
-        private_step(wrapped, self.private_optimizer, ((self.losses(wrapped), self.patients) for _ in (0,)))
-        wrapped.close()
+        chunks = ((self.losses(self.wrapped), self.patients) for _ in (0,))
+        private_step(self.wrapped, self.private_optimizer, chunks)
 
 
 def seconds(action: Callable[[], None]) -> float:
