@@ -211,8 +211,8 @@ class TrainingConfig:
     learning_rate: float | None = None
     momentum: float = 0.0
     weight_decay: float = 0.0
-    # Records in memory at once; larger batches are split without changing the result. null: at most 64, with
-    # gradients of at most 256 MB together.
+    # Records in memory at once; larger batches are split without changing the result. null: at most 256,
+    # whose activations were seen to take at most 1 GB together.
     physical_batch_size: int | None = None
 
     def __post_init__(self) -> None:

@@ -1,8 +1,11 @@
 """Local training and evaluation as functions of arrays. No Flower here."""
 
+import ctypes
 import os
+import platform
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -18,10 +21,14 @@ from fedmed.privacy.patient_gradients import PatientGradients
 from fedmed.privacy.plan import PrivacyPlan, check_sampler
 from fedmed.privacy.randomness import RandomSource
 
-# Held at once where no physical batch size is set: bytes of per-record gradients, and records, whose
-# activations in a few transformer blocks take about 10 MB each.
-GRADIENT_BYTES = 256 * 2**20
-LARGEST_PIECE = 64
+# Where no physical batch size is set: bytes that a piece's activations and their gradients may take, its most records,
+# and how many are tried first. Gradients of patients are held beside it, a block at a time.
+PIECE_BYTES = 2**30
+LARGEST_PIECE = 256
+FIRST_PIECE = 8
+# glibc's malloc.h; tensors that are larger go back to the system at once, and so does what is free beyond it.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+KEPT_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -48,10 +55,21 @@ class LocalUpdate:
 
 
 def one_thread() -> None:
-    """Use one core: results then do not depend on how many processes play the sites."""
+    """Use one core: results then do not depend on how many processes play the sites. Freed memory stays at hand."""
     os.environ["OMP_NUM_THREADS"] = "1"
     if torch.get_num_threads() != 1:
         torch.set_num_threads(1)
+    _keep_freed_memory()
+
+
+@lru_cache(maxsize=1)
+def _keep_freed_memory() -> None:
+    """Every step frees and asks for the same tensors: pages that the system clears anew cost a tenth of a step."""
+    # mallopt is glibc's; elsewhere the allocator's own ways do.
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+        libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
 
 
 def local_parts(batch: Batch, data: SiteDataset) -> tuple[LocalData, LocalData]:
@@ -118,6 +136,35 @@ def train(
     return LocalUpdate(delta, draws)
 
 
+class _Room:
+    """How many records may be in memory at once: as declared, else by what a first piece was seen to hold."""
+
+    def __init__(self, training: TrainingConfig) -> None:
+        self._measured = training.physical_batch_size is not None
+        self.limit = training.physical_batch_size or FIRST_PIECE
+
+    def losses(self, model: Callable[..., Tensor], data: LocalData, rows: Tensor) -> Tensor:
+        """As `_losses`; of the first piece what is kept for the backward pass is added up."""
+        if self._measured:
+            return _losses(model, data, rows)
+        kept: dict[int, int] = {}
+
+        def keep(value: Tensor) -> Tensor:
+            # Nor what is a view of a weight.
+            if not isinstance(value if value._base is None else value._base, nn.Parameter):
+                storage = value.untyped_storage()
+                kept[storage.data_ptr()] = storage.nbytes()
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+            found = _losses(model, data, rows)
+        # Twice: what the layers wrote has a gradient each.
+        record = max(1, 2 * sum(kept.values()) // len(rows))
+        self.limit = max(1, min(LARGEST_PIECE, PIECE_BYTES // record))
+        self._measured = True
+        return found
+
+
 def _train_private(
     model: Classifier,
     data: LocalData,
@@ -134,13 +181,11 @@ def _train_private(
     wrapped = PatientGradients(model)
     private = PatientOptimizer(optimizer, plan=plan, source=source)
     private.attach_step_hook(pull_back)
-    limit = _physical_batch(model, training)
+    room = _Room(training)
     try:
         for _ in range(plan.steps_per_round):
-            chunks = _chunks(data, plan, limit, source)
-            private_step(
-                wrapped, private, ((_losses(wrapped, data, rows), of, count) for rows, of, count in chunks)
-            )
+            chunks = _chunks(data, plan, room, source)
+            private_step(wrapped, private, ((room.losses(wrapped, data, rows), of) for rows, of, _ in chunks))
     finally:
         wrapped.close()
         for p in model.parameters():
@@ -160,23 +205,25 @@ def _train_plain(
     training: TrainingConfig,
     source: RandomSource,
 ) -> None:
-    limit = _physical_batch(model, training)
+    room = _Room(training)
     for _ in range(plan.steps_per_round):
         optimizer.zero_grad(set_to_none=True)
         for p in model.adapter().values():
             p.grad = torch.zeros_like(p)
-        for rows, patient_of_record, patients in _chunks(data, plan, limit, source):
+        for rows, patient_of_record, patients in _chunks(data, plan, room, source):
             counts = torch.bincount(patient_of_record, minlength=patients)
-            (_losses(model, data, rows) / counts[patient_of_record] / plan.expected_batch).sum().backward()
+            (
+                room.losses(model, data, rows) / counts[patient_of_record] / plan.expected_batch
+            ).sum().backward()
         pull_back(None)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
 def _chunks(
-    data: LocalData, plan: PrivacyPlan, limit: int, source: RandomSource
+    data: LocalData, plan: PrivacyPlan, room: _Room, source: RandomSource
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """A step's records, split into pieces of about `limit` records with every patient in one piece.
+    """A step's records, split into pieces of about `room.limit` records with every patient in one piece.
 
     Yields:
         record indices, the patient of each (counted within the piece), and the piece's number of patients.
@@ -187,7 +234,7 @@ def _chunks(
         records = data.records_of[patient]
         if len(records) > plan.records_per_patient:
             records = records[source.choose(len(records), plan.records_per_patient)]
-        if rows and size + len(records) > limit:
+        if rows and size + len(records) > room.limit:
             yield _chunk(rows)
             rows, size = [], 0
         rows.append(records)
@@ -196,15 +243,9 @@ def _chunks(
         yield _chunk(rows)
 
 
-def _physical_batch(model: Classifier, training: TrainingConfig) -> int:
-    """How many records may be in memory at once: as declared, else by the size of their gradients."""
-    if training.physical_batch_size is not None:
-        return training.physical_batch_size
-    record = sum(p.numel() * p.element_size() for p in model.adapter().values())
-    return max(1, min(LARGEST_PIECE, GRADIENT_BYTES // record))
-
-
 def _chunk(rows: list[NDArray[np.int64]]) -> tuple[Tensor, Tensor, int]:
+    # In the order in which their gradients are taken: nothing is then moved.
+    rows = sorted(rows, key=len)
     patient = np.repeat(np.arange(len(rows)), [len(records) for records in rows])
     return torch.from_numpy(np.concatenate(rows)), torch.from_numpy(patient), len(rows)
 

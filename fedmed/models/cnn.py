@@ -9,7 +9,6 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-import fedmed.models.patient_conv  # noqa: F401
 from fedmed.config import AdapterConfig
 from fedmed.data.dataset import SiteDataset
 from fedmed.model import CnnModelConfig

@@ -16,8 +16,6 @@ from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers im
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTLayerScale
 from transformers.models.vit.modeling_vit import ViTEmbeddings
 
-import fedmed.models.patient_conv  # noqa: F401
-
 
 @register_grad_sampler(ViTEmbeddings)
 def vit_embeddings(

@@ -1,10 +1,14 @@
 """The linear head of every model, computed for each record alone."""
 
+from typing import Any
+
 import torch
 from opacus.grad_sample import register_grad_sampler
 from opacus.grad_sample.linear import compute_linear_grad_sample
 from torch import Tensor, nn
 from torch.nn import functional
+
+from fedmed.privacy.layer_gradients import RULES, linear
 
 
 class RowLinear(nn.Linear):
@@ -19,7 +23,30 @@ class RowLinear(nn.Linear):
         """(records, out) of (records, in)."""
         if len(input) == 0:
             return super().forward(input)
-        return torch.stack([functional.linear(row, self.weight, self.bias) for row in input])
+        return _Rows.apply(input, self.weight, self.bias)
+
+
+class _Rows(torch.autograd.Function):
+    """One step of autograd in place of one a record."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        return torch.stack([functional.linear(row, weight, bias) for row in input])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        rows = None
+        if ctx.needs_input_grad[0]:
+            # With one output each entry is one product; a sum over several is taken for each record alone.
+            rows = gradient * weight if len(weight) == 1 else torch.stack([row @ weight for row in gradient])
+        return (
+            rows,
+            gradient.T @ input if ctx.needs_input_grad[1] else None,
+            gradient.sum(dim=0) if ctx.needs_input_grad[2] else None,
+        )
 
 
 register_grad_sampler(RowLinear)(compute_linear_grad_sample)
+RULES[RowLinear] = linear

@@ -13,8 +13,8 @@ from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processe
 from torch import Tensor, nn
 
 from fedmed.errors import PrivacyError
-from fedmed.privacy.clipping import clipped_sum, noised
-from fedmed.privacy.patient_gradients import PatientGradients
+from fedmed.privacy.clipping import ClippedSum, noised
+from fedmed.privacy.patient_gradients import Layout, PatientGradients
 from fedmed.privacy.plan import PrivacyPlan
 from fedmed.privacy.randomness import RandomSource
 
@@ -37,58 +37,87 @@ class PatientOptimizer(DPOptimizer):
         self.source = source
         self.noise_draws = 0
         self._patients = 0
+        self._layout: Layout = []
+        self._sum: ClippedSum | None = None
 
-    def clip_and_accumulate(self) -> None:
-        """Add the patients' clipped and truncated gradients to `p.summed_grad`.
+    def accumulate(self, gradients: Tensor, layout: Layout) -> None:
+        """Add the clipped and truncated gradients of patients to the step's sum.
+
+        Args:
+            gradients: (patients, entries).
+            layout: what lies in a row; the same object as long as it is the same. What is not there is zero.
 
         Raises:
-            PrivacyError: with those of earlier pieces they are more than the grid can sum.
+            PrivacyError: with those before they are more than the grid can sum.
         """
-        gradients = self.grad_samples
-        self._patients += len(gradients[0])
+        self._patients += len(gradients)
         self.grid.check_fits(self._patients)
-        for p, cells in zip(self.params, clipped_sum(gradients, grid=self.grid), strict=True):
+        if self._sum is None or layout is not self._layout:
+            self._drain()
+            self._layout = layout
+            self._sum = ClippedSum(gradients.shape[1], grid=self.grid, device=gradients.device)
+        self._sum.add(gradients)
+
+    def _drain(self) -> None:
+        """Move what was summed so far to `p.summed_grad`."""
+        for p in self.params:
+            if p.summed_grad is None:
+                p.summed_grad = torch.zeros(p.shape, dtype=torch.int64, device=p.device)
+        if self._sum is not None:
+            regions = [p.summed_grad[region] for p, region in self._layout]  # type: ignore[attr-defined]
+            for region, cells in zip(regions, _split(self._sum.cells(), regions), strict=True):
+                region += cells
+        self._sum = None
+
+    def clip_and_accumulate(self) -> None:
+        """As `accumulate`, of what Opacus's way leaves in `p.grad_sample`; the sum is then in `p.summed_grad`."""
+        for p in self.params:
             _check_processed_flag(p.grad_sample)
-            p.summed_grad = cells if p.summed_grad is None else p.summed_grad + cells
+        if len(self.grad_samples[0]):
+            gradients = torch.cat([g.flatten(1) for g in self.grad_samples], dim=1)
+            self.accumulate(gradients, [(p, ()) for p in self.params])
+        self._drain()
+        for p in self.params:
             _mark_as_processed(p.grad_sample)
 
     def add_noise(self) -> None:
         """Sum of clipped gradients plus the plan's Gaussian, into `p.grad`."""
         for p in self.params:
             _check_processed_flag(p.summed_grad)
-            p.grad = noised(p.summed_grad, grid=self.grid, source=self.source).to(p.dtype).view_as(p)
+        flat = torch.cat([p.summed_grad.flatten() for p in self.params])
+        gradient = noised(flat, grid=self.grid, source=self.source)
+        for p, own in zip(self.params, _split(gradient, self.params), strict=True):
+            p.grad = own.to(p.dtype)
             _mark_as_processed(p.summed_grad)
         self.noise_draws += 1
         self._patients = 0
 
 
+def _split(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """What lies in a row, in the shapes of others."""
+    parts = flat.split([one.numel() for one in like])
+    return [part.view(one.shape) for part, one in zip(parts, like, strict=True)]
+
+
 def private_step(
     model: PatientGradients,
     optimizer: PatientOptimizer,
-    chunks: Iterable[tuple[Tensor, Tensor, int]],
+    chunks: Iterable[tuple[Tensor, Tensor]],
 ) -> None:
     """One noised step. An empty batch still adds noise and steps.
 
     Args:
-        chunks: per-record losses (records,), the patient of each record, and the number of patients; every
-            patient lies in one chunk. They are consumed one at a time: the sum of the clipped gradients
-            does not depend on how the batch was split, to the last bit.
+        chunks: per-record losses (records,) and the patient of each record, numbered from 0; every patient lies in
+            one chunk. They are consumed one at a time: the sum of the clipped gradients does not depend on how the
+            batch was split, to the last bit.
     """
-    for losses, patient_of_record, patients in chunks:
-        _accumulate(optimizer, model.parameters, model.combine(losses, patient_of_record, patients))
-    # A last, empty chunk takes the step, so that empty and full batches go the same way.
+    for losses, patient_of_record in chunks:
+        for gradients, layout in model.combine(losses, patient_of_record):
+            optimizer.accumulate(gradients, layout)
+    # Opacus's step then clips nobody, so that empty and full batches go the same way.
     for p in model.parameters:
         p.grad_sample = torch.zeros(0, *p.shape, dtype=p.dtype, device=p.device)  # type: ignore[attr-defined]
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def _accumulate(optimizer: PatientOptimizer, parameters: list[nn.Parameter], combined: list[Tensor]) -> None:
-    for p, gradient in zip(parameters, combined, strict=True):
-        p.grad_sample = gradient  # type: ignore[attr-defined]
-    optimizer.signal_skip_step(do_skip=True)
-    optimizer.step()
-    # Clears the per-patient gradients and keeps their clipped sum.
     optimizer.zero_grad(set_to_none=True)
 
 

@@ -35,15 +35,12 @@ SAMPLER_ERROR = 2.0**-112
 # No value is larger, in cells: (2^9 + 1) * 2^15.
 LARGEST_CELLS = 2**25
 
-# What one value reads from the source: two draws, each a column (16 bits) and the first 48 bits of a fraction. Its
-# other 64 are read where those do not decide: once in 2^47 values, and whatever the data.
-BYTES_PER_VALUE = 16
-
 _TABLE_SIGMA_BITS = 11
 _STRIDE = 2**9
 _COLUMNS = 2**16
 _FRACTION = 2**112
-_WORD = 2**64
+# Of a fraction's 112 bits the first 8, the next 64 and the last 40. All but one in 256 are decided by the first.
+_MIDDLE, _LAST = 2**64, 2**40
 # Values that are drawn at once: their words and indices stay in the cache of one core.
 BLOCK = 2**14
 
@@ -52,20 +49,42 @@ BLOCK = 2**14
 class AliasTable:
     """Column c stands for k = c - 2^15 below its threshold of 112 bits, and for another k from there on."""
 
-    high: NDArray[np.uint64]
+    high: NDArray[np.uint8]
+    middle: NDArray[np.uint64]
     low: NDArray[np.uint64]
     # As k + 2^15.
-    alias: NDArray[np.int64]
+    alias: NDArray[np.uint16]
 
-    def draw(self, words: NDArray[np.uint64], read: Callable[[int], bytes]) -> NDArray[np.int64]:
-        """k for uniform words: exact in integer arithmetic."""
-        columns = (words & np.uint64(_COLUMNS - 1)).astype(np.int64)
-        first, threshold = words >> np.uint64(16), self.high[columns]
+    def draw(self, count: int, read: Callable[[int], bytes]) -> NDArray[np.int64]:
+        """(count,) k: exact in integer arithmetic."""
+        columns_end, first_end = 2 * count, 3 * count
+        raw = np.frombuffer(read(bytes_for(count)), dtype=np.uint8)
+        columns = raw[:columns_end].view(np.uint16)
+        index = columns.astype(np.intp)
+        first, threshold = raw[columns_end:first_end], self.high.take(index)
         other = first > threshold
         ties = np.flatnonzero(first == threshold)
-        if len(ties):
-            other[ties] = np.frombuffer(read(8 * len(ties)), dtype=np.uint64) >= self.low[columns[ties]]
-        return np.where(other, self.alias[columns], columns) - _COLUMNS // 2
+        words = raw[first_end:].tobytes()
+        if len(ties) > _spare(count):
+            words += read(16 * (len(ties) - _spare(count)))
+        middle, last = np.frombuffer(words, dtype=np.uint64).reshape(-1, 2)[: len(ties)].T
+        tied = index[ties]
+        above, equal = middle > self.middle[tied], middle == self.middle[tied]
+        other[ties] = above | (equal & (last >> np.uint64(24) >= self.low[tied]))
+        return np.where(other, self.alias.take(index), columns).astype(np.int64) - _COLUMNS // 2
+
+
+def bytes_for(count: int) -> int:
+    """What so many draws of the table read: a column, the first 8 bits of a fraction, and spare words for ties."""
+    return 3 * count + 16 * _spare(count)
+
+
+def _spare(count: int) -> int:
+    """Words for ties, of which count / 256 are expected. More are needed once in 10^17 times, and then read.
+
+    Read beforehand, so that what is read says nothing of what was drawn.
+    """
+    return count // 128 + 32
 
 
 def weights() -> list[int]:
@@ -94,31 +113,31 @@ def weights() -> list[int]:
 def table() -> AliasTable:
     """The alias table of `weights` (Vose 1991), built in 0.1 s when it is first asked for."""
     left = weights()
-    high, low = np.zeros((2, _COLUMNS), dtype=np.uint64)
-    alias = np.arange(_COLUMNS, dtype=np.int64)
+    high, alias = np.zeros(_COLUMNS, dtype=np.uint8), np.arange(_COLUMNS, dtype=np.uint16)
+    middle, low = np.zeros((2, _COLUMNS), dtype=np.uint64)
     small = [column for column, weight in enumerate(left) if weight < _FRACTION]
     large = [column for column, weight in enumerate(left) if weight >= _FRACTION]
     # Integer weights fill the columns exactly; a column that is full is its own alias.
     while small:
         column, donor = small.pop(), large[-1]
-        high[column], low[column] = divmod(left[column], _WORD)
+        rest, low[column] = divmod(left[column], _LAST)
+        high[column], middle[column] = divmod(rest, _MIDDLE)
         alias[column] = donor
         left[donor] -= _FRACTION - left[column]
         if left[donor] < _FRACTION:
             small.append(large.pop())
-    return AliasTable(high, low, alias)
+    return AliasTable(high, middle, low, alias)
 
 
 def draw_cells(count: int, read: Callable[[int], bytes]) -> NDArray[np.int64]:
     """(count,) int64: within `SAMPLER_ERROR` of a randomly rounded Gaussian of deviation `SIGMA_CELLS`.
 
     Args:
-        read: returns that many random bytes; asked for `BYTES_PER_VALUE` a value.
+        read: returns that many random bytes.
     """
     known, values = table(), np.empty(count, dtype=np.int64)
     for start in range(0, count, BLOCK):
         block = values[start : start + BLOCK]
-        words = np.frombuffer(read(BYTES_PER_VALUE * len(block)), dtype=np.uint64)
-        high, low = known.draw(words, read).reshape(2, -1)
+        high, low = known.draw(2 * len(block), read).reshape(2, -1)
         np.add(_STRIDE * high, low, out=block)
     return values

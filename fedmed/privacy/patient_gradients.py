@@ -1,60 +1,67 @@
-"""Per-patient gradients of a network in one forward and one backward pass, by Opacus's rules for its layers.
+"""Per-patient gradients of a network in one forward and one backward pass, some patients at a time.
 
-Opacus's own wrapper keeps every record's gradient of every parameter; here a layer's are added up by patient before the
-next layer's are computed, and the backward pass leaves out the batch's gradient, which nobody reads.
+Opacus's own wrapper keeps every record's gradient of every parameter. Here what the layers read and the gradients of
+what they wrote are kept, and blocks of patients are taken from them, so that no more than a block's gradients are held
+at once; the backward pass leaves out the batch's gradient, which nobody reads.
 """
 
-from collections.abc import Callable
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
 from fedmed.errors import PrivacyError
+from fedmed.privacy.layer_gradients import Block, Gradient, Region, Small, layer_gradients
+
+# Entries of gradients that are held at once, but at least one patient's: 128 MB, on an accelerator 1 GB.
+BLOCK_ENTRIES = {"cpu": 2**25, "cuda": 2**28}
+
+# What lies in a row of gradients, one after the other: parts of parameters.
+Layout = list[tuple[nn.Parameter, Region]]
 
 
 @dataclass(frozen=True)
 class Owners:
-    """Whose each record is, with the patients ordered by how many records they have.
+    """Whose each record is, the records ordered by their owners, those with few records first.
 
     Attributes:
-        patient_of_record: (records,) int64 in [0, patients).
-        groups: the patients first to last, all of whom have the same number of records: (patients, records) int64,
-            the indices of each one's. Those without any are left out.
-        patients: how many there are.
+        counts: (records,) int64: how many records the owner of each has, in the order that was given.
+        order: (records,) int64: which record comes where; None where they were in order.
+        groups: (patients, records of each), in that order. Patients without records are left out.
     """
 
-    patient_of_record: Tensor
-    groups: list[Tensor]
-    patients: int
+    counts: Tensor
+    order: Tensor | None
+    groups: list[tuple[int, int]]
 
     @classmethod
-    def of(cls, patient_of_record: Tensor, patients: int) -> "Owners":
-        """From any numbering of the patients."""
-        counts = torch.bincount(patient_of_record, minlength=patients)
-        # Those without records last, where their gradient stays zero.
-        order = torch.argsort(torch.where(counts > 0, counts, counts.max() + 1), stable=True)
-        place = torch.empty_like(order)
-        place[order] = torch.arange(patients, device=order.device)
-        own = place[patient_of_record]
-        rows = torch.argsort(own, stable=True)
-        sizes, many = torch.unique_consecutive(counts[order], return_counts=True)
-        shapes = [(int(m), int(size)) for m, size in zip(many, sizes, strict=True) if size > 0]
-        pieces = rows.split([m * size for m, size in shapes])
-        return cls(own, [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)], patients)
+    def of(cls, patient_of_record: Tensor) -> "Owners":
+        """From any numbering of the patients, (records,) int64, on the host."""
+        own = torch.bincount(patient_of_record)
+        counts = own[patient_of_record]
+        order = torch.argsort(counts * len(own) + patient_of_record, stable=True)
+        sizes, records = torch.unique_consecutive(counts[order], return_counts=True)
+        groups = [(int(many) // int(size), int(size)) for size, many in zip(sizes, records, strict=True)]
+        in_order = torch.equal(order, torch.arange(len(order)))
+        return cls(counts, None if in_order else order, groups)
 
-    def sum(self, per_record: Tensor) -> Tensor:
-        """(patients, *shape) of (records, *shape)."""
-        summed = per_record.new_zeros(self.patients, *per_record.shape[1:])
-        return summed.index_add_(0, self.patient_of_record, per_record)
+    def ordered(self, values: Tensor) -> Tensor:
+        """(records, …) in order."""
+        return values if self.order is None else values[self.order.to(values.device)]
 
-
-# A layer's (patients, *shape) gradients from its input, its output's gradient and the owners of the records, where
-# that is cheaper than to add up what Opacus gives for each record.
-Rule = Callable[[Any, Tensor, Tensor, Owners], dict[Tensor, Tensor]]
-PATIENT_RULES: dict[type[nn.Module], Rule] = {}
+    def blocks(self, most: int) -> Iterator[Block]:
+        """All patients, at most that many at a time."""
+        first = 0
+        for patients, records in self.groups:
+            for start in range(0, patients, most):
+                block = Block(first, min(most, patients - start), records)
+                yield block
+                first += block.patients * records
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,13 @@ class PatientGradients:
             if any(p.requires_grad for p in module.parameters(recurse=False))
         )
         self._hooks = [module.register_forward_hook(self._remember) for module in trainable]
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        # Vectors last: they are written at once.
+        self.parameters = sorted(
+            (p for p in model.parameters() if p.requires_grad), key=lambda p: p.dim() < 2
+        )
+        ends = itertools.accumulate((p.numel() for p in self.parameters), initial=0)
+        self._columns = [slice(first, last) for first, last in itertools.pairwise(ends)]
+        self._held: Tensor | None = None
 
     def __call__(self, **inputs: Tensor) -> Tensor:
         self._calls = []
@@ -103,35 +116,59 @@ class PatientGradients:
         if torch.is_grad_enabled():
             self._calls.append(_Call(module, [value.detach() for value in inputs], output))
 
-    def combine(self, losses: Tensor, patient_of_record: Tensor, patients: int) -> list[Tensor]:
-        """Each patient's gradient of the mean loss over the records that it has here, by parameter.
+    def combine(self, losses: Tensor, patient_of_record: Tensor) -> Iterator[tuple[Tensor, Layout]]:
+        """Each patient's gradient of the mean loss over the records that it has here, some patients at a time.
 
-        The order of the patients is not that of their numbers; it is the same for every parameter.
+        The order of the patients is not that of their numbers. What the layout leaves out is zero.
 
         Args:
             losses: (records,), of the last call.
-            patient_of_record: (records,) int64 in [0, patients).
+            patient_of_record: (records,) int64, numbers from 0, on the host.
 
-        Returns:
-            (patients, *shape) for each of `parameters`.
+        Yields:
+            (patients, entries), where the next block is written over it, and what lies there, one object for all.
+
+        Raises:
+            PrivacyError: a layer works in place on what a trainable one read or wrote.
         """
-        owners = Owners.of(patient_of_record, patients)
-        counts = torch.bincount(patient_of_record, minlength=patients)
+        owners = Owners.of(patient_of_record)
         # The mean is taken here: the gradient of a record's share is its share of the gradient.
-        mean = (losses / counts[patient_of_record]).sum()
+        mean = (losses / owners.counts.to(losses.device)).sum()
         calls, self._calls = self._calls, []
         # Of the layers' outputs and not of the parameters: autograd then computes no gradient of the whole batch.
         for call in calls:
             call.check()
         outputs = torch.autograd.grad(mean, [call.output for call in calls], allow_unused=True)
-        found: dict[Tensor, Tensor] = {}
+        found: dict[Tensor, list[Gradient]] = {}
         for call, gradient in zip(calls, outputs, strict=True):
             if gradient is None:
                 continue
-            for p, own in _by_patient(call.module, call.inputs, gradient, owners).items():
-                if p.requires_grad:
-                    found[p] = found[p] + own if p in found else own
-        return [found[p] if p in found else p.new_zeros(patients, *p.shape) for p in self.parameters]
+            inputs = [owners.ordered(value) for value in call.inputs]
+            for p, own in layer_gradients(call.module, inputs, owners.ordered(gradient)).items():
+                found.setdefault(p, []).append(own)
+        return self._blocks(owners, {p: found[p] for p in self.parameters if p in found}, losses.device)
+
+    @torch.no_grad()
+    def _blocks(
+        self, owners: Owners, found: dict[nn.Parameter, list[Gradient]], device: torch.device
+    ) -> Iterator[tuple[Tensor, Layout]]:
+        parts = _parts(found)
+        layout = [(p, gradients[0].region) for p, gradients in parts]
+        sizes = [math.prod(gradients[0].shape) for _, gradients in parts]
+        entries = sum(sizes)
+        most = max(1, BLOCK_ENTRIES.get(device.type, BLOCK_ENTRIES["cuda"]) // max(1, entries))
+        needed = entries * max((block.patients for block in owners.blocks(most)), default=0)
+        # Kept from step to step: fresh pages cost as much as what is written to them.
+        if self._held is None or self._held.numel() < needed:
+            dtype = torch.promote_types(torch.float32, self.parameters[0].dtype)
+            self._held = torch.empty(needed, dtype=dtype, device=device)
+        jobs = _merged(sizes, [gradients for _, gradients in parts])
+        for block in owners.blocks(most):
+            held = self._held[: block.patients * entries].view(block.patients, entries)
+            for columns, gradients in jobs:
+                for number, gradient in enumerate(gradients):
+                    gradient.write(block, held[:, columns], add=number > 0)
+            yield held, layout
 
     def close(self) -> None:
         """Leave the network as it was."""
@@ -140,10 +177,28 @@ class PatientGradients:
         self._calls = []
 
 
-def _by_patient(
-    module: nn.Module, inputs: list[Tensor], gradient: Tensor, owners: Owners
-) -> dict[Tensor, Tensor]:
-    if type(module) in PATIENT_RULES:
-        return PATIENT_RULES[type(module)](module, inputs[0], gradient, owners)
-    per_record = GradSampleModule.GRAD_SAMPLERS[type(module)](module, inputs, gradient)
-    return {p: owners.sum(values) for p, values in per_record.items()}
+def _parts(found: dict[nn.Parameter, list[Gradient]]) -> list[tuple[nn.Parameter, list[Gradient]]]:
+    """Small ones last; those that are added up with a region in common, which is everywhere."""
+    whole = {
+        p: [dataclasses.replace(own, region=()) for own in gradients] if len(gradients) > 1 else gradients
+        for p, gradients in found.items()
+    }
+    return sorted(whole.items(), key=lambda part: _is_small(part[1]))
+
+
+def _is_small(gradients: list[Gradient]) -> bool:
+    return len(gradients) == 1 and isinstance(gradients[0], Small)
+
+
+def _merged(sizes: list[int], found: list[list[Gradient]]) -> list[tuple[slice, list[Gradient]]]:
+    """Which columns are written by what: the small ones, which are last, at once."""
+    ends = itertools.accumulate(sizes, initial=0)
+    jobs = [(slice(*pair), own) for pair, own in zip(itertools.pairwise(ends), found, strict=True)]
+    small = [
+        gradient.values for own in found if _is_small(own) for gradient in own if isinstance(gradient, Small)
+    ]
+    if small:
+        jobs = jobs[: -len(small)]
+        together = torch.cat(small, dim=1)
+        jobs.append((slice(sum(sizes) - together.shape[1], sum(sizes)), [Small(together)]))
+    return jobs

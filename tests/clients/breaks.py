@@ -246,7 +246,7 @@ PLACES: list[tuple[Any, str]] = [
         "read_csv", "_parse_csv", "_check_columns", "_parse", "_features", "held_out", "sentence", "blank_cells")),
     *((fedmed.training, name) for name in (
         "set_adapter", "private_step", "check_sound", "_losses", "_chunks", "_optimizer", "select")),
-    *((fedmed.privacy.dpsgd, name) for name in ("clipped_sum", "noised")),
+    *((fedmed.privacy.dpsgd, name) for name in ("ClippedSum", "noised")),
     (fedmed.privacy.plan.PrivacyPlan, "sample_patients"),
     (fedmed.privacy.histogram.HistogramPlan, "count"), (fedmed.privacy.histogram.HistogramPlan, "release"),
     *((Ledger, name) for name in ("reserve", "open_data", "commit", "head", "refresh")),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from fedmed import training as training_module
 from fedmed.compose import compose
 from fedmed.config import RunConfig
 from fedmed.data.table import read_site
@@ -18,11 +19,8 @@ from fedmed.privacy.dpsgd import PatientOptimizer
 from fedmed.privacy.plan import PrivacyPlan, make_plan
 from fedmed.privacy.randomness import RandomSource, operating_system, seeded
 from fedmed.training import (
-    GRADIENT_BYTES,
-    LARGEST_PIECE,
     LocalData,
     LocalUpdate,
-    _physical_batch,
     local_parts,
     logits,
     one_thread,
@@ -415,14 +413,42 @@ def test_an_adapter_of_other_names_or_shapes_is_refused(broken: Callable[[Arrays
         set_adapter(model, broken(model.initialise(0)))
 
 
-def test_a_large_adapter_is_trained_in_small_pieces_without_being_told(hf_overrides: list[str]) -> None:
-    config = compose([*hf_overrides, "tracking=none", "adapter=full"])
-    model = build(config.task, config.model, config.adapter)
-    size = sum(p.numel() * 4 for p in model.adapter().values())
-    assert _physical_batch(model, config.training) == min(LARGEST_PIECE, GRADIENT_BYTES // size)
-    assert _physical_batch(model, compose(["training.physical_batch_size=3", "tracking=none"]).training) == 3
-    tabular = compose(["model=logistic", "tracking=none"])
-    assert (
-        _physical_batch(build(tabular.task, tabular.model, tabular.adapter), tabular.training)
-        == LARGEST_PIECE
+class Deep(Classifier):
+    """A tower whose activations are known: each tanh keeps its output, and each layer after one reads the same."""
+
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        steps = [module for _ in range(layers) for module in (torch.nn.Linear(width, width), torch.nn.Tanh())]
+        self.tower = torch.nn.Sequential(*steps)
+        self.head = torch.nn.Linear(width, 1)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.head(self.tower(features)).squeeze(-1)
+
+
+@pytest.mark.parametrize("privacy", ["1", "0"])
+def test_pieces_are_as_large_as_a_first_one_shows_that_they_may_be(privacy: str) -> None:
+    config, _, _, plan = setting("training.steps_per_round=2", "training.sample_rate=1")
+    if privacy == "0":
+        plan = dataclasses.replace(plan, noise_multiplier=0.0)
+    model, data = (
+        Deep(10, 512),
+        LocalData({"features": torch.randn(300, 512)}, torch.zeros(300), [np.array([n]) for n in range(300)]),
     )
+    arrays = {name: p.detach().numpy().copy() for name, p in model.adapter().items()}
+    seen: list[int] = []
+    model.head.register_forward_hook(lambda _m, _i, out: seen.append(len(out)))
+    with pytest.MonkeyPatch.context() as patch:
+        # Of ten activations of 2 KB, twice: about 25 records.
+        patch.setattr(training_module, "PIECE_BYTES", 25 * 2 * 11 * 4 * 512)
+        train(model, data, arrays, plan=plan, training=config.training, source=seeded(0))
+        first, second = seen[:2]
+        assert first == training_module.FIRST_PIECE
+        assert 20 <= second <= 26
+        assert sum(seen) == 600
+        assert max(seen) == second
+        assert seen.count(second) >= 600 // second - 2
+        declared = dataclasses.replace(config.training, physical_batch_size=100)
+        seen.clear()
+        train(model, data, arrays, plan=plan, training=declared, source=seeded(0))
+    assert seen == [100] * 6

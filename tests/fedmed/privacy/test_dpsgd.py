@@ -18,8 +18,8 @@ from fedmed.privacy.dpsgd import (
     check_sound,
     private_step,
 )
-from fedmed.privacy.gaussian import BYTES_PER_VALUE
-from fedmed.privacy.patient_gradients import Owners, PatientGradients
+from fedmed.privacy.gaussian import BLOCK, bytes_for
+from fedmed.privacy.patient_gradients import PatientGradients
 from fedmed.privacy.randomness import RandomSource, seeded
 from tests.fedmed.models import encoders
 from tests.fedmed.privacy.test_accounting import make
@@ -96,12 +96,12 @@ def slow_clipped_sum(model: Encoded, inputs: dict[str, Tensor], clip: float) -> 
 
 def chunks(
     model: nn.Module, inputs: dict[str, Tensor], cuts: list[list[int]]
-) -> Iterator[tuple[Tensor, Tensor, int]]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The batch in pieces, each a list of patients; one forward pass at a time, as training does it."""
     for patients in cuts:
         rows = torch.cat([(p == PATIENTS).nonzero().squeeze(-1) for p in patients])
         numbers = torch.tensor([patients.index(int(p)) for p in PATIENTS[rows]])
-        yield losses(model, inputs, rows), numbers, len(patients)
+        yield losses(model, inputs, rows), numbers
 
 
 class Silent:
@@ -114,7 +114,7 @@ class Silent:
 
 def step(
     model: Encoded,
-    batch: Callable[[nn.Module], Iterable[tuple[Tensor, Tensor, int]]],
+    batch: Callable[[nn.Module], Iterable[tuple[Tensor, Tensor]]],
     *,
     source: object = Silent,
     noise: float = 1.0,
@@ -187,7 +187,7 @@ def test_the_oracle_catches_record_level_clipping() -> None:
     model, inputs = network("bert", ADAPTERS["lora"])
     expected = slow_clipped_sum(model, inputs, CLIP)
     rows = torch.arange(12)
-    got = step(model, lambda wrapped: [(losses(wrapped, inputs, rows), rows, 12)])
+    got = step(model, lambda wrapped: [(losses(wrapped, inputs, rows), rows)])
     assert any(not torch.allclose(got[name] * 6.0, values, atol=1e-3) for name, values in expected.items())
 
 
@@ -201,7 +201,8 @@ def clipped_norm(gradients: Tensor, patients: Tensor, number: int) -> Tensor:
         source=Silent,  # type: ignore[arg-type]
     )
     counts = torch.bincount(patients, minlength=number)
-    combined = Owners.of(patients, number).sum((gradients / counts[patients, None])[:, None])
+    combined = torch.zeros(number, 1, gradients.shape[1])
+    combined.index_add_(0, patients, (gradients / counts[patients, None])[:, None])
     layer.weight.grad_sample = combined  # type: ignore[attr-defined]
     optimizer.pre_step()
     assert layer.weight.grad is not None
@@ -240,12 +241,12 @@ def test_a_step_counts_a_non_finite_patient_as_zero(bad: float) -> None:
     """privacy.md, rule 4, through the step itself: one bad record of patient 3, in a piece with patient 2."""
     pieces = [[0, 1], [2, 3], [4, 5]]
 
-    def spoilt(wrapped: nn.Module) -> Iterator[tuple[Tensor, Tensor, int]]:
-        for (values, numbers, patients), piece in zip(chunks(wrapped, inputs, pieces), pieces, strict=True):
+    def spoilt(wrapped: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        for (values, numbers), piece in zip(chunks(wrapped, inputs, pieces), pieces, strict=True):
             factor = torch.ones_like(values)
             if 3 in piece:
                 factor[-2] = bad
-            yield values * factor, numbers, patients
+            yield values * factor, numbers
 
     model, inputs = network("bert", ADAPTERS["lora"])
     got = step(model, spoilt)
@@ -260,14 +261,17 @@ def test_divisor_and_noise_do_not_depend_on_the_batch(patients: list[int]) -> No
     """privacy.md, rules 5 and 24, coupled: with the same draws the noise part is the same for 0, 1, all."""
     model, inputs = network("bert", ADAPTERS["lora"])
 
-    def batch(wrapped: nn.Module) -> Iterator[tuple[Tensor, Tensor, int]]:
+    def batch(wrapped: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         return chunks(wrapped, inputs, [patients] if patients else [])
 
     quiet = step(network("bert", ADAPTERS["lora"])[0], batch) if not patients else step(model, batch)
     noisy = step(network("bert", ADAPTERS["lora"])[0], lambda w: batch(w), source=seeded(9), noise=2.0)
     source = seeded(9)
-    for name, parameter in model.adapter().items():
-        expected = 2.0 * CLIP * source.normal(parameter.numel()).reshape(parameter.shape) / 6.0
+    parameters = list(model.adapter().values())
+    drawn = torch.from_numpy(source.normal(sum(p.numel() for p in parameters)))
+    parts = drawn.split([p.numel() for p in parameters])
+    for (name, parameter), part in zip(model.adapter().items(), parts, strict=True):
+        expected = (2.0 * CLIP * part.view_as(parameter) / 6.0).numpy()
         assert np.allclose((noisy[name] - quiet[name]).numpy(), expected, atol=1e-5), name
 
 
@@ -376,7 +380,7 @@ def test_frozen_batch_norm_in_eval_mode_is_sound() -> None:
     assert not module[1].training
 
 
-def test_a_source_is_read_once_a_parameter_and_step() -> None:
+def test_a_source_is_read_once_a_step_for_every_coordinate() -> None:
     """What the accountant composes is what was drawn: one Gaussian for every coordinate of every step."""
     drawn: list[int] = []
     words = seeded(1).read
@@ -388,4 +392,6 @@ def test_a_source_is_read_once_a_parameter_and_step() -> None:
     model, _ = network("bert", ADAPTERS["lora"])
     step(model, lambda _: [], source=RandomSource(read, private=True))
     coordinates = sum(p.numel() for p in model.adapter().values())
-    assert sum(drawn) == BYTES_PER_VALUE * coordinates
+    assert coordinates < BLOCK
+    # Two draws of the table a value.
+    assert drawn == [bytes_for(2 * coordinates)]

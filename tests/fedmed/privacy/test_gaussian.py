@@ -1,7 +1,7 @@
 """The Gaussian on the integers: its table exactly, its draws statistically, in blocks of constant memory."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 
 import mpmath
@@ -12,11 +12,11 @@ from scipy import stats
 
 from fedmed.privacy.gaussian import (
     BLOCK,
-    BYTES_PER_VALUE,
     LARGEST_CELLS,
     SAMPLER_ERROR,
     SIGMA_CELLS,
     AliasTable,
+    bytes_for,
     draw_cells,
     table,
     weights,
@@ -38,7 +38,8 @@ def test_the_table_is_the_discrete_gaussian_within_the_stated_error() -> None:
     assert sum(expected) == 2**128
     mass = [0] * (2 * HALF)
     for column in range(2 * HALF):
-        threshold = int(known.high[column]) * 2**64 + int(known.low[column])
+        high, middle, low = (int(part[column]) for part in (known.high, known.middle, known.low))
+        threshold = (high * 2**64 + middle) * 2**40 + low
         mass[column] += threshold
         mass[known.alias[column]] += 2**112 - threshold
     assert mass == expected
@@ -70,22 +71,72 @@ def test_the_sum_of_two_draws_is_one_gaussian() -> None:
     assert worst(4.0, 4) > 1e-9
 
 
-def test_a_tie_is_decided_by_the_next_64_bits() -> None:
-    """Column 5 stays below a threshold of 3 * 2^64 + 9 and goes to 7 from there on."""
-    high, low = np.zeros((2, 16), dtype=np.uint64)
-    alias = np.arange(16)
-    high[5], low[5], alias[5] = 3, 9, 7
-    small = AliasTable(high, low, alias)
-    for first, second, k in ((2, None, 5), (3, 8, 5), (3, 9, 7), (3, 10, 7), (4, None, 7)):
-        asked: list[int] = []
+def small_table(high: int, middle: int, low: int) -> AliasTable:
+    """Column 5 stays below a threshold and goes to 7 from there on."""
+    columns = AliasTable(
+        np.zeros(16, np.uint8),
+        np.zeros(16, np.uint64),
+        np.zeros(16, np.uint64),
+        np.arange(16, dtype=np.uint16),
+    )
+    columns.high[5], columns.middle[5], columns.low[5], columns.alias[5] = high, middle, low, 7
+    return columns
 
-        def read(size: int, word: int | None = second, asked: list[int] = asked) -> bytes:
-            asked.append(size)
-            return int(word or 0).to_bytes(8, "little")
 
-        word = np.array([first << 16 | 5], dtype=np.uint64)
-        assert small.draw(word, read).tolist() == [k - HALF]
-        assert asked == ([] if second is None else [8])
+@pytest.mark.parametrize(
+    ("fraction", "k"),
+    [((2, 2**64 - 1, 2**40 - 1), 5), ((3, 8, 2**40 - 1), 5), ((3, 9, 3), 5), ((3, 9, 4), 7), ((3, 9, 5), 7),
+     ((3, 10, 0), 7), ((4, 0, 0), 7)],
+)  # fmt: skip
+def test_a_draw_is_held_against_all_112_bits(fraction: tuple[int, int, int], k: int) -> None:
+    """The threshold is 3 * 2^104 + 9 * 2^40 + 4; the last bits are those that lead their word."""
+    first, middle, last = fraction
+    asked: list[int] = []
+
+    def read(size: int) -> bytes:
+        asked.append(size)
+        tie = middle.to_bytes(8, "little") + (last << 24).to_bytes(8, "little")
+        return (bytes([5, 0, 5, 0, first, first]) + 2 * tie).ljust(size, b"\xff")
+
+    assert small_table(3, 9, 4).draw(2, read).tolist() == [k - HALF] * 2
+    assert asked == [bytes_for(2)]
+
+
+def test_ties_beyond_the_spare_words_are_read() -> None:
+    """All draws of a block tie: half of their words say above the threshold, in turn."""
+    count, asked = 1_000, []
+
+    def read(size: int) -> bytes:
+        asked.append(size)
+        if len(asked) == 1:
+            head = bytes([5, 0]) * count + bytes([3]) * count
+            return head + (tie * count)[: size - len(head)]
+        return (tie * count)[:size]
+
+    tie = (8).to_bytes(8, "little") + bytes(8) + (10).to_bytes(8, "little") + bytes(8)
+    drawn = small_table(3, 9, 4).draw(count, read)
+    spare = (bytes_for(count) - 3 * count) // 16
+    assert asked == [bytes_for(count), 16 * (count - spare)]
+    # The second reading begins with the first of a pair again.
+    expected = np.resize([5, 7], spare).tolist() + np.resize([5, 7], count - spare).tolist()
+    assert (drawn + HALF).tolist() == expected
+
+
+@pytest.mark.parametrize("count", [1, 40, 1_000, 2 * BLOCK])
+def test_what_is_read_does_not_tell_what_was_drawn(count: int) -> None:
+    """More ties than there are words for once in 10^17 times: the tail of their number, which is binomial."""
+    assert stats.binom.sf((bytes_for(count) - 3 * count) // 16, count, 1 / 256) < 1e-17
+    seen: set[int] = set()
+    for seed in range(20):
+        words, total = seeded(seed).read, [0]
+
+        def read(size: int, words: Callable[[int], bytes] = words, total: list[int] = total) -> bytes:
+            total[0] += size
+            return words(size)
+
+        table().draw(count, read)
+        seen.add(total[0])
+    assert seen == {bytes_for(count)}
 
 
 def blocks(source_seed: int, draws: int) -> Iterator[NDArray[np.float64]]:
@@ -169,8 +220,7 @@ def test_coarse_and_fine_part_of_a_value_and_of_its_neighbours_are_independent()
     """A value is 2^9 a + b: reused draws would cancel, or tell of one another."""
     read, total = seeded(3).read, np.zeros((4, 2))
     for _ in range(DRAWS // BLOCKED):
-        words = np.frombuffer(read(BYTES_PER_VALUE * BLOCKED), dtype=np.uint64)
-        a, b = (table().draw(words, read) / T).reshape(2, -1)
+        a, b = (table().draw(2 * BLOCKED, read) / T).reshape(2, -1)
         pairs = ((a, b), (a[:-1], b[1:]), (a[1:], b[:-1]), (a[: BLOCKED // 2], b[BLOCKED // 2 :]))
         for row, (x, y) in zip(total, pairs, strict=True):
             row += [x @ y, (x**2 - 1) @ (y**2 - 1) / 2]

@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 from fedmed.errors import PrivacyError
-from fedmed.privacy.clipping import BLOCK_ENTRIES, _squares, clipped_sum, noised
+from fedmed.privacy.clipping import CACHED_ENTRIES, PIECE, ClippedSum, clipped_sum, noised, norm_bounds
 from fedmed.privacy.gaussian import SIGMA_CELLS
 from fedmed.privacy.grid import Grid
 from fedmed.privacy.randomness import operating_system, seeded
@@ -110,8 +110,14 @@ def test_the_sum_is_that_of_an_obvious_reference() -> None:
     own = grid()
     got = clipped_sum(gradients, grid=own)
     assert [tuple(g.shape) for g in got] == shapes
-    # The shrinking and the rounding of a product may cost a cell where an entry lies on a border.
+    # float32 shrinks whoever is clipped by 1.6e-5 of an entry, and rounds each product once.
     for cells, expected in zip(got, slow_sum(gradients, own), strict=True):
+        distance = np.abs(cells.flatten().numpy() - np.array(expected))
+        assert (distance <= 1 + patients * 2e-5 * own.bound).all()
+        assert distance.mean() < 1e-5 * own.bound
+    exact = clipped_sum([g.double() for g in gradients], grid=own)
+    # The rounding of a quotient may cost a cell where an entry lies on a border.
+    for cells, expected in zip(exact, slow_sum(gradients, own), strict=True):
         distance = np.abs(cells.flatten().numpy() - np.array(expected))
         assert distance.max() <= 1
         assert distance.mean() < 0.01
@@ -119,7 +125,7 @@ def test_the_sum_is_that_of_an_obvious_reference() -> None:
 
 def test_the_sum_is_exact_whatever_the_order_and_the_pieces() -> None:
     torch.manual_seed(1)
-    patients, entries = 37, BLOCK_ENTRIES // 8 + 3
+    patients, entries = 37, CACHED_ENTRIES // 8 + 3
     gradients = torch.randn(patients, entries) * torch.logspace(-5, 5, patients)[:, None]
     own = grid()
     whole = clipped_sum([gradients], grid=own)[0]
@@ -133,11 +139,55 @@ def test_the_sum_is_exact_whatever_the_order_and_the_pieces() -> None:
 def test_a_patient_s_norm_does_not_depend_on_who_is_beside_it() -> None:
     """To the last bit: else one entry in 10^10 would be truncated to another cell when a batch is split."""
     torch.manual_seed(3)
-    for entries in (1, 17, 5_000, BLOCK_ENTRIES + 5):
+    for entries in (1, 17, PIECE, 5_000, CACHED_ENTRIES + 5):
         gradients = torch.randn(9, entries)
-        together = _squares([gradients])
-        assert torch.equal(together, torch.cat([_squares([g[None]]) for g in gradients]))
-        assert torch.equal(together[2:5], _squares([gradients[2:5]]))
+        together = norm_bounds(gradients)
+        assert torch.equal(together, torch.cat([norm_bounds(g[None]) for g in gradients]))
+        assert torch.equal(together[2:5], norm_bounds(gradients[2:5]))
+        # Nor on where it lies in memory.
+        apart = torch.empty(9, entries + 3)[:, 1:-2]
+        assert torch.equal(together, norm_bounds(apart.copy_(gradients)))
+
+
+@pytest.mark.parametrize("entries", [1, PIECE - 1, 3 * PIECE + 7, 200_000])
+def test_a_norm_is_bounded_from_above_and_closely(entries: int) -> None:
+    """In exact arithmetic, also where squares are lost: below the root of the smallest normal number."""
+    draws = np.random.default_rng(entries)
+    for magnitude in (1.0, 1e-12, 1e-19, 3e-23, 1e-30, TINY, 1e15):
+        for spread in (0.0, 3.0):
+            values = draws.normal(size=entries) * 10.0 ** draws.uniform(-spread, 0, entries) * magnitude
+            row = torch.tensor(values, dtype=torch.float32)
+            # Exact: a float32 is a whole number of 2^-149.
+            square = sum(int(math.ldexp(x, 149)) ** 2 for x in row.tolist())
+            bound = Fraction(norm_bounds(row[None]).item()) * 2**149
+            assert bound * bound >= square
+            if magnitude > 1e-13:
+                assert bound * bound <= square * (1 + Fraction(1, 25_000))
+
+
+def test_float32_is_left_where_it_cannot_hold_the_cells() -> None:
+    """Below a noise multiplier of 1/16 one clipped entry may have more than 2^24 cells."""
+    torch.manual_seed(4)
+    gradients = torch.zeros(5, 40)
+    gradients[:, 0] = torch.tensor([1.0, -1.0, 0.7, 0.3, 1e-3])
+    for noise, narrow in ((1.0, True), (2.0**-4, True), (2.0**-5, False), (2.0**-30, False)):
+        own = grid(noise_multiplier=noise, max_grad_norm=1.0)
+        total = ClippedSum(40, grid=own, device=torch.device("cpu"))
+        total.add(gradients)
+        assert (total._quotients.dtype == torch.float32) == narrow
+        expected = gradients[:, 0].double().sum().item() * own.bound
+        assert abs(total.cells()[0].item() - expected) <= 5 + 5 * 2e-5 * own.bound
+
+
+def test_full_float32_partial_sums_are_exact() -> None:
+    """As many as fit into 2^24 cells at once, all at the bound, and one more."""
+    own = grid(noise_multiplier=1.0, max_grad_norm=1.0)
+    gradients = torch.zeros(33, 3)
+    gradients[:, 1] = 1e6
+    [cells] = clipped_sum([gradients], grid=own)
+    [alone] = clipped_sum([gradients[:1]], grid=own)
+    assert torch.equal(cells, 33 * alone)
+    assert 0.9999 * own.bound < alone[1].item() <= own.bound
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -14,7 +14,7 @@ from fedmed.compose import compose
 from fedmed.config import RunConfig
 from fedmed.errors import ConfigError, PrivacyError
 from fedmed.privacy.accounting import epsilon_of
-from fedmed.privacy.gaussian import BYTES_PER_VALUE, SIGMA_CELLS
+from fedmed.privacy.gaussian import SIGMA_CELLS, bytes_for
 from fedmed.privacy.histogram import (
     LARGEST_AUC_ERROR,
     HistogramPlan,
@@ -160,7 +160,7 @@ def test_the_noise_comes_from_the_source_once_for_every_cell() -> None:
         return os.urandom(number)
 
     make().release(np.zeros((2, 10), np.int64), RandomSource(reading, private=True))
-    assert sum(read) == BYTES_PER_VALUE * 20
+    assert read == [bytes_for(2 * 20)]
     drawn = [make().release(np.zeros((2, 10), np.int64), operating_system()) for _ in range(2)]
     assert not np.array_equal(*drawn)
 

@@ -4,88 +4,226 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import fedmed.models.patient_conv  # noqa: F401
 from fedmed.errors import PrivacyError
-from fedmed.privacy.patient_gradients import PATIENT_RULES, Owners, PatientGradients
+from fedmed.models.row_linear import RowLinear
+from fedmed.privacy import patient_gradients
+from fedmed.privacy.layer_gradients import RULES
+from fedmed.privacy.patient_gradients import Owners, PatientGradients
 
-# Unordered, of 1 to 3 records; patient 4 has none.
+# Unordered, of 1 to 3 records; number 4 is nobody's.
 PATIENTS = torch.tensor([3, 0, 1, 3, 2, 0, 5, 3, 5])
 
 
 class Network(nn.Module):
-    """Twice through the same layer, and a layer that is not used."""
+    """Twice through the same layer, 2-D and 3-D inputs, a layer that Opacus alone knows and one that is not used."""
 
     def __init__(self, convolution: nn.Conv2d) -> None:
         super().__init__()
         self.first, self.unused = convolution, nn.Linear(3, 3)
         self.norm = nn.GroupNorm(2, convolution.out_channels)
+        self.tokens = nn.Linear(convolution.out_channels, convolution.out_channels)
+        self.layer_norm = nn.LayerNorm(convolution.out_channels)
         self.head = nn.Linear(convolution.out_channels, convolution.out_channels)
+        self.row = RowLinear(convolution.out_channels, 2)
 
     def forward(self, images: Tensor) -> Tensor:
-        hidden = torch.relu(self.norm(self.first(images))).mean(dim=(2, 3))
-        return self.head(torch.tanh(self.head(hidden))).sum(dim=1)
+        hidden = torch.relu(self.norm(self.first(images))).flatten(2).transpose(1, 2)
+        hidden = self.layer_norm(torch.tanh(self.tokens(hidden))).mean(dim=1)
+        return self.row(self.head(torch.tanh(self.head(hidden)))).sum(dim=1)
+
+
+def expected_gradients(
+    model: nn.Module, parameters: list[nn.Parameter], images: Tensor, weights: Tensor
+) -> Tensor:
+    """The reference: (patients with records, entries), autograd on one patient at a time."""
+    rows = []
+    for patient in PATIENTS.unique():
+        own = patient == PATIENTS
+        loss = (model(images=images[own]) * weights[own]).mean()
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        rows.append(
+            torch.cat(
+                [
+                    (torch.zeros_like(p) if g is None else g).flatten()
+                    for g, p in zip(found, parameters, strict=True)
+                ]
+            )
+        )
+    return torch.stack(rows)
+
+
+def assert_same_patients(found: Tensor, expected: Tensor) -> None:
+    """Each patient once, in some order."""
+    assert len(found) == len(expected)
+    for patient in expected:
+        assert int(torch.isclose(found, patient, atol=1e-5).all(dim=1).sum()) == 1
+    assert expected.abs().max() > 0.01
+
+
+def combined(wrapped: PatientGradients, losses: Tensor, patients: Tensor = PATIENTS) -> Tensor:
+    """(patients, entries of all parameters in their order), whatever the blocks and whatever they leave out."""
+    rows = []
+    for block, layout in wrapped.combine(losses, patients):
+        whole = {p: torch.zeros(len(block), *p.shape) for p in wrapped.parameters}
+        first = 0
+        for p, region in layout:
+            part = whole[p][(slice(None), *region)]
+            entries = part[0].numel()
+            part.copy_(block[:, first : first + entries].view(part.shape))
+            first += entries
+        assert first == block.shape[1]
+        rows.append(torch.cat([own.flatten(1) for own in whole.values()], dim=1))
+    return torch.cat(rows)
 
 
 @pytest.mark.parametrize(
     "options",
     [{}, {"stride": 2, "padding": 2}, {"dilation": (1, 2), "padding": (0, 1)}, {"bias": False}, {"groups": 2},
-     {"padding": "valid"}, {"channels": 4, "groups": 4, "padding": (2, 1)}, {"last": True, "groups": 2},
+     {"padding": "valid"}, {"padding": "same"}, {"padding": 1, "padding_mode": "reflect"},
+     {"channels": 4, "groups": 4, "padding": (2, 1)}, {"last": True, "groups": 2},
      {"channels": 4, "groups": 4, "stride": (2, 1), "dilation": (1, 2), "padding": 2, "last": True},
      {"last": True, "stride": 2}],
 )  # fmt: skip
-@pytest.mark.parametrize("frozen", [(), ("first.weight",), ("first.bias", "head.weight")])
-def test_it_is_the_gradient_of_one_patient_at_a_time(options: dict, frozen: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "frozen", [(), ("first.weight", "tokens.bias"), ("first.bias", "head.weight", "norm.bias")]
+)
+@pytest.mark.parametrize("entries", [1, 2_000])
+def test_it_is_the_gradient_of_one_patient_at_a_time(
+    options: dict, frozen: tuple[str, ...], entries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One patient a block, or several; twice, as what is held is used again."""
+    monkeypatch.setitem(patient_gradients.BLOCK_ENTRIES, "cpu", entries)
     torch.manual_seed(0)
     channels = options.get("channels", 2)
     named = {name: value for name, value in options.items() if name not in ("channels", "last")}
     model = Network(nn.Conv2d(channels, 4, (5, 3), **named))
     for name, p in model.named_parameters():
         p.requires_grad = name not in frozen
-    images, weights = torch.randn(len(PATIENTS), channels, 9, 8), torch.rand(len(PATIENTS))
-    if "last" in options:
-        # As ConvNeXt has them in memory.
-        images = images.contiguous(memory_format=torch.channels_last)
     wrapped = PatientGradients(model)
-    got = wrapped.combine(wrapped(images=images) * weights, PATIENTS, 6)
+    for _ in range(2):
+        images, weights = torch.randn(len(PATIENTS), channels, 9, 8), torch.rand(len(PATIENTS))
+        if "last" in options:
+            # As ConvNeXt has them in memory.
+            images = images.contiguous(memory_format=torch.channels_last)
+        got = combined(wrapped, wrapped(images=images) * weights)
+        assert all(p.grad is None for p in model.parameters())
+        assert_same_patients(got, expected_gradients(model, wrapped.parameters, images, weights))
     wrapped.close()
-    assert all(p.grad is None for p in model.parameters())
-    expected = []
-    for patient in range(6):
-        rows = patient == PATIENTS
-        if not rows.any():
-            expected.append([torch.zeros_like(p) for p in wrapped.parameters])
-            continue
-        loss = (model(images[rows]) * weights[rows]).mean()
-        own = torch.autograd.grad(loss, wrapped.parameters, allow_unused=True)
-        expected.append(
-            [torch.zeros_like(p) if g is None else g for g, p in zip(own, wrapped.parameters, strict=True)]
-        )
-    order = [0, 1, 2, 3, 4, 5]
-    found = torch.cat([g.flatten(1) for g in got], dim=1)
-    for patient in order:
-        own = torch.cat([g.flatten() for g in expected[patient]])
-        # In some order, and once.
-        assert int(torch.isclose(found, own, atol=1e-5).all(dim=1).sum()) == 1, patient
-    assert found.abs().max() > 0.01
 
 
-def test_the_rule_for_convolutions_is_in_use() -> None:
-    assert nn.Conv2d in PATIENT_RULES
+class Unused(nn.Module):
+    """A layer that only bright batches go through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.sometimes = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(images))
+        return (self.sometimes(hidden) if bool(images.sum() > 0) else hidden).sum(dim=1)
 
 
-def test_owners_group_patients_by_their_number_of_records() -> None:
-    owners = Owners.of(PATIENTS, 6)
-    assert [list(group.shape) for group in owners.groups] == [[2, 1], [2, 2], [1, 3]]
-    first = 0
-    for group in owners.groups:
-        for place, rows in enumerate(group, start=first):
-            assert len({int(PATIENTS[row]) for row in rows}) == 1
-            assert owners.patient_of_record[rows].tolist() == [place] * len(rows)
-        first += len(group)
-    assert sorted(torch.cat([group.flatten() for group in owners.groups]).tolist()) == list(
-        range(len(PATIENTS))
-    )
-    assert owners.sum(torch.ones(len(PATIENTS))).tolist() == [1, 1, 2, 2, 3, 0]
+def test_a_layer_that_is_not_used_has_no_gradient_left_from_before() -> None:
+    torch.manual_seed(0)
+    model = Unused()
+    wrapped = PatientGradients(model)
+    images, weights = torch.rand(len(PATIENTS), 3), torch.rand(len(PATIENTS))
+    for sign in (1, -1):
+        got = combined(wrapped, wrapped(images=sign * images) * weights)
+        assert_same_patients(got, expected_gradients(model, wrapped.parameters, sign * images, weights))
+
+
+def test_records_in_order_and_not_give_the_same() -> None:
+    """In order nothing is moved; the layers see each record alone here, so that the bits agree."""
+    torch.manual_seed(0)
+    model = Network(nn.Conv2d(1, 4, 3))
+    images = torch.randn(len(PATIENTS), 1, 6, 6)
+    wrapped = PatientGradients(model)
+    order = Owners.of(PATIENTS).order
+    assert order is not None
+    assert Owners.of(PATIENTS[order]).order is None
+    mixed = combined(wrapped, wrapped(images=images))
+    ordered = combined(wrapped, wrapped(images=images[order]), PATIENTS[order])
+    assert torch.allclose(mixed, ordered, atol=1e-6)
+
+
+def test_a_convolution_that_opacus_would_pad_with_zeros_is_refused() -> None:
+    wrapped = PatientGradients(Network(nn.Conv2d(2, 4, 3, groups=2, padding=1, padding_mode="circular")))
+    losses = wrapped(images=torch.randn(2, 2, 6, 6))
+    with pytest.raises(PrivacyError, match="circular"):
+        wrapped.combine(losses, torch.tensor([0, 1]))
+
+
+def test_the_rules_are_in_use() -> None:
+    assert set(RULES) >= {nn.Linear, nn.Conv2d, nn.GroupNorm, RowLinear}
+
+
+@pytest.mark.parametrize("most", [1, 2, 100])
+def test_owners_group_patients_by_their_number_of_records(most: int) -> None:
+    owners = Owners.of(PATIENTS)
+    assert owners.groups == [(2, 1), (2, 2), (1, 3)]
+    assert owners.counts.tolist() == [3, 2, 1, 3, 1, 2, 2, 3, 2]
+    ordered = owners.ordered(PATIENTS)
+    seen = []
+    for block in owners.blocks(most):
+        assert block.patients <= most
+        for own in block.of(ordered):
+            assert len(set(own.tolist())) == 1
+            assert len(own) == int((own[0] == PATIENTS).sum())
+            seen.append(int(own[0]))
+    assert sorted(seen) == [0, 1, 2, 3, 5]
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "entries"),
+    [((1, 1), {"padding": 1}, 1), ((2, 1), {"padding": 1}, 3), ((2, 2), {"padding": 1}, 9),
+     ((2, 1), {"padding": 2, "stride": 2, "dilation": 2}, 1), ((5, 5), {}, 9),
+     ((3, 3), {"padding": 1, "padding_mode": "reflect"}, 9)],
+)  # fmt: skip
+@pytest.mark.parametrize("twice", [False, True])
+def test_weights_that_meet_padding_alone_are_left_out(
+    size: tuple[int, int], options: dict, entries: int, twice: bool
+) -> None:
+    """Of a map smaller than the kernel; but not where another call of the layer meets them."""
+
+    class Maps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(1, 1, 3, bias=False, **options)
+
+        def forward(self, images: Tensor) -> Tensor:
+            found = self.layer(images).tanh().sum(dim=(1, 2, 3))
+            return found + self.layer(images.repeat(1, 1, 3, 3)).tanh().sum(dim=(1, 2, 3)) if twice else found
+
+    torch.manual_seed(0)
+    model = Maps()
+    wrapped = PatientGradients(model)
+    images, weights = torch.randn(len(PATIENTS), 1, *size), torch.rand(len(PATIENTS))
+    block, _ = next(wrapped.combine(wrapped(images=images) * weights, PATIENTS))
+    assert block.shape[1] == (9 if twice else entries)
+    got = combined(wrapped, wrapped(images=images) * weights)
+    assert_same_patients(got, expected_gradients(model, wrapped.parameters, images, weights))
+
+
+class Wide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(50, 50)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layer(images)
+
+
+def test_no_more_than_a_block_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of forty patients two at a time: their gradients are never all there."""
+    wrapped = PatientGradients(Wide())
+    monkeypatch.setitem(patient_gradients.BLOCK_ENTRIES, "cpu", 2 * 50 * 51)
+    sizes = [
+        len(b) for b in wrapped.combine(wrapped(images=torch.randn(40, 50)).sum(dim=1), torch.arange(40))
+    ]
+    assert sizes == [2] * 20
+    assert wrapped._held is not None
+    assert wrapped._held.numel() == 2 * 50 * 51
 
 
 @pytest.mark.parametrize("spoil", ["output", "input"])
@@ -107,7 +245,7 @@ def test_layers_that_work_in_place_are_refused(spoil: str) -> None:
     wrapped = PatientGradients(InPlace())
     losses = wrapped(values=torch.randn(2, 3))
     with pytest.raises(PrivacyError, match="in place"):
-        wrapped.combine(losses, torch.tensor([0, 1]), 2)
+        wrapped.combine(losses, torch.tensor([0, 1]))
 
 
 def test_nothing_is_left_on_the_network() -> None:

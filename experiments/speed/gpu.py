@@ -1,0 +1,84 @@
+"""Images a second and peak memory of ViT-L on an accelerator: LoRA, head and full, with privacy and without.
+
+    python experiments/speed/gpu.py [--device cuda] [--batch 64] [--layers 24 --width 1024]
+
+224 pixels, patches of 16, float32. Writes gpu.csv beside itself. On a CPU, `--device cpu --layers 2 --width 64` goes
+the same way; the peak memory is then the process's own high-water mark.
+"""
+
+import argparse
+import csv
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from networks import Setting
+from step import Sides
+
+COLUMNS = ("adapter", "side", "batch", "images_per_second", "peak_mb")
+
+
+def setting(adapter: str, asked: argparse.Namespace) -> Setting:
+    """From pixels: nothing is stored."""
+    return Setting(
+        adapter, "vit", asked.batch, size=asked.size, width=asked.width, layers=asked.layers, adapter=adapter
+    )
+
+
+def seconds(action: Callable[[], None], steps: int, device: torch.device) -> float:
+    """Of one step: the mean of several after a first one, as the device works behind the host."""
+    action()
+    _wait(device)
+    began = time.monotonic()
+    for _ in range(steps):
+        action()
+    _wait(device)
+    return (time.monotonic() - began) / steps
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak(device: torch.device) -> float:
+    """Megabytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--results", default=str(Path(__file__).parent / "gpu.csv"))
+    asked = parser.parse_args()
+    device = torch.device(asked.device)
+    rows = []
+    for adapter in ("head", "lora", "full"):
+        sides = Sides(setting(adapter, asked), device)
+        for side in ("plain", "private"):
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            rate = asked.batch / seconds(getattr(sides, side), asked.steps, device)
+            values = (adapter, side, asked.batch, f"{rate:.1f}", f"{peak(device):.0f}")
+            rows.append(dict(zip(COLUMNS, values, strict=True)))
+            print(f"{adapter:<6} {side:<8} {rate:>9.1f} images/s {peak(device):>8.0f} MB", flush=True)
+        del sides
+    with open(asked.results, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
