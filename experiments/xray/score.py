@@ -23,8 +23,8 @@ def score(run: Path, hospital: Path) -> tuple[float, float]:
     """AUC and accuracy (threshold 0.5) of `run`/adapter on every image of an ingested `hospital`."""
     one_thread()
     config = run_config_from_dict(json.loads((run / "config.json").read_text()))
-    # What the split of this hospital says is ignored: all of it is scored.
-    task = dataclasses.replace(config.task, path=str(hospital))
+    # All of this hospital is scored: half of it is held out only because a split needs two parts.
+    task = dataclasses.replace(config.task, path=str(hospital), test_fraction=0.5)
     data = read_site(task, hospital.name, seed=0)
     network = build(config.task, config.model, config.adapter)
     everyone = LocalData(network.prepare(data), torch.from_numpy(data.labels), [])
