@@ -49,6 +49,7 @@ def held_out_hospital(work: Path, split: str) -> Path:
 def _make(folder: Path, *options: str) -> Path:
     export, ingested = folder / "export", folder / "ingested"
     if not (export / "hospitals.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
         # Scanners differ in encoding alone: pixels are those of the arrays.
         fixed = ["--class-names", CLASSES, "--scanner-shift", "0"]
         _run("task", "from-npz", str(arrays()), str(export), *fixed, *options)
@@ -68,4 +69,6 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 def _run(*arguments: str) -> None:
     print(f"fedmed {' '.join(arguments)}", flush=True)
-    subprocess.run([fedmed(), *arguments], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    done = subprocess.run([fedmed(), *arguments], check=False, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"exit code {done.returncode}: {done.stderr.strip()}")
