@@ -34,7 +34,7 @@ STRATEGIES = {
 }
 NAMES = {"fedavg": "FedAvg", "fedprox": "FedProx", "fedavgm": "FedAvgM", "fedadam": "FedAdam"}
 # Without clipping a step is as long as the gradient: it needs a rate of its own.
-OFF = "privacy=off privacy.metrics=none training.learning_rate=0.1"
+OFF = "privacy=off privacy.metrics=none training.learning_rate=0.1 training.momentum=0.9 training.steps_per_round=9"
 
 
 @dataclass(frozen=True, kw_only=True)
