@@ -148,7 +148,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run what is missing, then write table and figure; exit code 0, or 1 where a run failed."""
+    """Run what is missing, then write table and figure; exit code 0, 1 where a run failed, 130 after Ctrl-C."""
     arguments = _arguments()
     if arguments.quick:
         with tempfile.TemporaryDirectory(prefix="fedmed-quick-") as folder:
@@ -158,6 +158,8 @@ def main() -> int:
     arguments.output.mkdir(parents=True, exist_ok=True)
     try:
         return run_missing(arguments, arguments.output / "results.csv")
+    except KeyboardInterrupt:
+        return 130
     finally:
         write_pages(arguments.output)
 
