@@ -37,7 +37,7 @@ types: install  ## Type check
 
 demo-imaging: install  ## Three made-up hospitals: DICOM written, ingested, learned from under privacy
 	rm -rf demo-imaging && mkdir demo-imaging
-	$(BIN)/fedmed task phantoms demo-imaging/export --difficulty 0.25
+	$(BIN)/fedmed task phantoms demo-imaging/export --difficulty 2
 	for site in Northside Riverbank Lakeview; do \
 	    $(BIN)/fedmed site ingest demo-imaging/export/$$site/dicom demo-imaging/data/$$site \
 	        --labels demo-imaging/export/$$site/labels.csv --name $$site || exit; \

@@ -35,6 +35,7 @@ NEEDS = {
     ("task", "csv"): ["task.path=table.csv"],
     ("task", "dicom"): ["task.path=ingested", "model=cnn"],
     ("model", "cnn"): ["task=dicom", "task.path=ingested"],
+    ("model", "phantom"): ["task=dicom", "task.path=ingested"],
     ("model", "hf"): ["model.path=folder", f"model.sha256={'a' * 64}"],
     ("model", "hf_image"): [
         "model.path=folder",

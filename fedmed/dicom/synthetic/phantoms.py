@@ -62,13 +62,13 @@ def make_phantoms(
     require(16 <= size <= 1024, "size", size, "16 to 1024")
     require(difficulty > 0, "difficulty", difficulty, "> 0")
     rng = np.random.default_rng([seed, 1])
-    anatomy = _draw_anatomy(rng, labels, difficulty)
+    anatomy = draw_patients(rng, labels, difficulty)
     owner = np.repeat(np.arange(len(labels)), images_per_patient)
-    pose = _draw_pose(rng, len(owner))
+    pose = draw_poses(rng, len(owner))
     images = np.empty((len(owner), size, size), np.uint8)
     for part in _parts(len(owner)):
         views = {name: values[owner[part]] for name, values in anatomy.items()}
-        drawn = _render(views, {name: values[part] for name, values in pose.items()}, size)
+        drawn = render(views, {name: values[part] for name, values in pose.items()}, size)
         drawn += rng.standard_normal(drawn.shape, np.float32) * pose["noise"][part, None, None]
         images[part] = np.rint(np.clip(drawn, 0, 1) * 255)
     return Phantoms(images=images, labels=labels[owner], patients=owner)
@@ -78,10 +78,14 @@ def _parts(count: int) -> Iterator[slice]:
     return (slice(start, min(start + BATCH, count)) for start in range(0, count, BATCH))
 
 
-def _draw_anatomy(
+def draw_patients(
     rng: np.random.Generator, labels: NDArray[np.int64], difficulty: float
 ) -> dict[str, NDArray]:
-    """What belongs to a patient. Lengths in half widths of the image; x to the right, y down."""
+    """What belongs to a patient, by name: (patients,) each, or a column a lung, a vessel, a finding.
+
+    Lengths are in half widths of the image; x to the right, y down. What adds brightness is in parts of the range from
+    black to white. A finding that is not there has no contrast.
+    """
     count = len(labels)
 
     def normal(mean: float, deviation: float, *shape: int) -> Floats:
@@ -116,8 +120,8 @@ def _draw_anatomy(
     return anatomy
 
 
-def _draw_pose(rng: np.random.Generator, count: int) -> dict[str, Floats]:
-    """What differs between two images of one patient."""
+def draw_poses(rng: np.random.Generator, count: int) -> dict[str, Floats]:
+    """What differs between two images of one patient, by name: (count,) each."""
     drawn = {
         "x": rng.normal(0, 0.03, count), "y": rng.normal(0, 0.04, count), "turn": rng.normal(0, 0.035, count),
         "zoom": rng.normal(1, 0.03, count), "breath": rng.normal(0, 0.04, count),
@@ -139,8 +143,8 @@ def _wide(values: Floats | float) -> Floats | float:
     return values[:, None, None] if isinstance(values, np.ndarray) else values
 
 
-def _render(anatomy: dict[str, NDArray], pose: dict[str, Floats], size: int) -> Floats:
-    """(images, size, size), about 0 to 1, without noise."""
+def render(anatomy: dict[str, NDArray], pose: dict[str, Floats], size: int) -> Floats:
+    """(images, size, size), about 0 to 1, without noise: a patient of `draw_patients` and a pose for each image."""
     line = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
     across, down = line[None, None, :] - _wide(pose["x"]), line[None, :, None] - _wide(pose["y"])
     cosine, sine = np.cos(pose["turn"]) / pose["zoom"], np.sin(pose["turn"]) / pose["zoom"]

@@ -1,0 +1,1 @@
+"""A small image encoder that was pretrained on made-up pictures: see MODEL.md. No code."""
