@@ -232,13 +232,17 @@ def check(task: TaskConfig, model: ModelConfig, prompts: list[str] | None = None
 
 
 def check_output(folder: Path) -> None:
-    """Raise `DataError` where `save` would find something in its place."""
+    """Raise `DataError` where `save` would find something in its place, or could not write."""
     try:
         taken = folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir())))
+        above = next(path for path in folder.absolute().parents if path.exists())
+        writable = above.is_dir() and os.access(above, os.W_OK | os.X_OK)
     except OSError as error:
         raise DataError(f"--output {folder}: cannot be written ({error.strerror})") from None
     if taken:
         raise DataError(f"--output {folder}: is there already; expected a new or an empty folder")
+    if not writable:
+        raise DataError(f"--output {folder}: cannot be written: {above} is no folder that can be written to")
 
 
 def _computed(

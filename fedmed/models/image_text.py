@@ -66,7 +66,9 @@ class ImageTextEncoder:
         padding = "max_length" if self.model.config.model_type == "siglip" else False
         rows = []
         for number, prompt in enumerate(prompts, start=1):
-            inputs = self.tokenizer(prompt, padding=padding, max_length=self.most_tokens, return_tensors="pt")
+            inputs = self.tokenizer(
+                prompt, padding=padding, max_length=self.most_tokens, truncation=False, return_tensors="pt"
+            )
             tokens = inputs["input_ids"].shape[1]
             if tokens > self.most_tokens:
                 raise ConfigError(
