@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from fedmed.embeddings import Progress
+    from fedmed.embed import Progress
 
 EMBED_HELP = """Embed one site's records with a pretrained model, here and for this site alone.
 
@@ -52,7 +52,9 @@ def embed(
     """Compose, check, embed, write."""
     from fedmed.compose import compose
     from fedmed.data.readers import version_of
-    from fedmed.embeddings import ABOUT, Embeddings, check, check_output
+    from fedmed.embed import check
+    from fedmed.embed import embed as made_of
+    from fedmed.embeddings import ABOUT, check_output
 
     config = compose(list(overrides or []))
     prompts = _prompts(texts) if texts else None
@@ -68,7 +70,7 @@ def embed(
     from fedmed.models.activations import at_home
 
     with _bar() as progress:
-        made = Embeddings.make(
+        made = made_of(
             config.task, config.model, site, seed=config.seed, key=secret, prompts=prompts, progress=progress,
             # A site's own folder is another place: nothing of its records is kept here.
             cache=None if key else at_home(),

@@ -16,6 +16,7 @@ from fedmed.compose import compose
 from fedmed.config import RunConfig
 from fedmed.data.dataset import SiteDataset
 from fedmed.data.readers import read_site
+from fedmed.embed import embed
 from fedmed.embeddings import ABOUT, INDEX, ROWS, TEXTS, Embeddings
 from fedmed.errors import ConfigError, DataError, ModelError
 from fedmed.models.activations import ActivationCache
@@ -54,7 +55,7 @@ def both_run(folder: Path, data: Path) -> RunConfig:
 
 
 def made(run: RunConfig, **more: Any) -> Embeddings:
-    return Embeddings.make(run.task, run.model, "a", **more)
+    return embed(run.task, run.model, "a", **more)
 
 
 def records_of(run: RunConfig) -> SiteDataset:
@@ -86,7 +87,7 @@ def test_a_text_s_row_is_the_plain_pooled_output(hf_overrides: list[str], bert_f
     # A classifier of this model centres and whitens; embeddings do not.
     whitened = ["model.synthetic_sentences=50", "model.components=8", "model.feature_norm=7"]
     run = compose([*hf_overrides, *whitened, "tracking=none"])
-    found = Embeddings.make(run.task, run.model, "Switzerland")
+    found = embed(run.task, run.model, "Switzerland")
     texts = read_site(run.task, "Switzerland", seed=0).texts
     tokenizer = t.AutoTokenizer.from_pretrained(bert_folder)
     encoder = t.BertModel.from_pretrained(bert_folder).eval()
@@ -206,12 +207,12 @@ def test_a_model_without_what_was_asked_for_is_refused(
 ) -> None:
     small = compose(["model=logistic", "tracking=none"])
     with pytest.raises(ConfigError, match="starts from nothing and has no pretrained features"):
-        Embeddings.make(small.task, small.model, "Cleveland")
+        embed(small.task, small.model, "Cleveland")
     text, image = compose([*hf_overrides, "tracking=none"]), image_run(vit, data)
     with pytest.raises(ConfigError, match="no tower for images"):
-        Embeddings.make(text.task, text.model, "Cleveland", prompts=PROMPTS)
+        embed(text.task, text.model, "Cleveland", prompts=PROMPTS)
     with pytest.raises(ConfigError, match="reads images; the task's records are tables"):
-        Embeddings.make(text.task, image.model, "Cleveland")
+        embed(text.task, image.model, "Cleveland")
     with pytest.raises(ModelError, match="a 'vit' model has no tower for text"):
         made(image, prompts=PROMPTS)
     with pytest.raises(ConfigError, match=r"prompt 2 has \d+ tokens; expected at most 8"):
@@ -267,5 +268,5 @@ def test_the_digest_of_how_a_row_was_made_tells_ways_apart(vit: Path, data: Path
         dataclasses.replace(run.model, pooling="mean"),
         dataclasses.replace(run.model, image_size=24),
     ]
-    found = [Embeddings.make(run.task, model, "a").about["model"]["preprocessing_sha256"] for model in ways]
+    found = [embed(run.task, model, "a").about["model"]["preprocessing_sha256"] for model in ways]
     assert len(set(found)) == len(ways)
