@@ -37,6 +37,8 @@ def pool(folder: Path, data: str, *, patients: int, seed: int) -> Path:
             )  # fmt: skip
         else:
             file = Path(os.environ["FEDMED_DATA"], "pneumoniamnist.npz")
+            # Of an odd number there is no half: someone would be left out.
+            patients += patients % 2
             images, labels = read_npz(file, "test" if seed == TEST_SEED else "train")
             draws, wanted = np.random.default_rng([seed, 4]), labels.ravel()
             chosen = np.concatenate(
