@@ -36,6 +36,7 @@ def build_app() -> typer.Typer:
     typer.core.HAS_RICH = False
     # Typer's own tracebacks print local variables, which may hold data.
     app = typer.Typer(help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+    from fedmed.cli.embed import EMBED_HELP, embed
     from fedmed.cli.models import app as models
     from fedmed.cli.privacy import app as privacy
     from fedmed.cli.task import app as task
@@ -43,6 +44,7 @@ def build_app() -> typer.Typer:
     app.add_typer(task, name="task")
     app.add_typer(models, name="models")
     app.add_typer(privacy, name="privacy")
+    app.command("embed", help=EMBED_HELP)(embed)
     for entry in sorted(entry_points(group="fedmed.commands"), key=lambda entry: entry.name):
         entry.load()(app)
     return app

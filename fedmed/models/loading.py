@@ -50,6 +50,8 @@ IMAGE_FAMILIES = {
     "convnext": ImageFamily("ConvNextModel", "ConvNextImageProcessor", class_token=False),
     "convnextv2": ImageFamily("ConvNextV2Model", "ConvNextImageProcessor", class_token=False),
 }
+# What holds a tower for images and one for text, whose outputs can be compared.
+IMAGE_TEXT = {"clip": "CLIPModel", "siglip": "SiglipModel"}
 # Weights that a checkpoint need not have: their output is not used.
 UNUSED = ("pooler.", "mask_token")
 
@@ -181,14 +183,9 @@ def load_text_encoder(config: TextModelConfig) -> tuple[Any, Any]:
     """
     folder = locate(config)
     check_digest(config, folder)
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel
 
-    encoder = _load(AutoModel, folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError):
-        raise ModelError(f"model.path={folder}: transformers cannot load its tokenizer") from None
-    return encoder, tokenizer
+    return _load(AutoModel, folder), _tokenizer(folder)
 
 
 def load_image_encoder(config: ImageModelConfig) -> tuple[Any, Preprocessor]:
@@ -235,3 +232,42 @@ def _load(cls: Any, folder: Path) -> Any:
             f"e.g. {missing[0]}"
         )
     return encoder.eval()
+
+
+def load_image_text(config: ImageModelConfig) -> tuple[Any, Any, Preprocessor]:
+    """Both towers of a model of images and text in eval mode, its tokenizer, and how its images are prepared.
+
+    Raises:
+        ModelError: see `locate` and `check_digest`; or the folder does not hold both towers and a tokenizer.
+    """
+    folder = locate(config)
+    kind = _kind(folder)
+    if kind not in IMAGE_TEXT:
+        raise ModelError(
+            f"model.path={folder}: a '{kind}' model has no tower for text; expected one of {', '.join(IMAGE_TEXT)}"
+        )
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelError(f"model.path={folder}: no tokenizer in it; its tower for text cannot be used")
+    check_digest(config, folder)
+    import transformers
+
+    model = _load(getattr(transformers, IMAGE_TEXT[kind]), folder)
+    return model, _tokenizer(folder), _preprocessor(config, folder)
+
+
+def tokenizer_digest(config: PretrainedConfig) -> str:
+    """The sha256 of the folder's tokenizer files, by name: what the weights' digest does not pin."""
+    digest = hashlib.sha256()
+    for path in sorted(locate(config).iterdir()):
+        if path.name in TOKENIZER_FILES or "token" in path.name:
+            digest.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError):
+        raise ModelError(f"model.path={folder}: transformers cannot load its tokenizer") from None

@@ -1,0 +1,58 @@
+"""figure.svg and figure.png of the curve, from results.csv alone.
+
+Example: python experiments/data_efficiency/figure.py
+"""
+
+from pathlib import Path
+from typing import Any
+
+from results import DATA, FOLDER, METHODS, SIZES, Row, band, curve, read_rows
+
+# Okabe and Ito's colour-blind-safe hues, darkened; markers tell the series apart without colour.
+SERIES = {"head": ("#0072b2", "o"), "lora": ("#c44e00", "s"), "scratch": ("#00805d", "^")}
+MUTED = "#5b636b"
+
+
+def draw_figure(rows: list[Row], folder: Path) -> None:
+    """Write both files: a row of panels for each data set, without privacy on the left, with it on the right."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = [data for data in DATA if any(row["data"] == data for row in rows)]
+    with matplotlib.rc_context({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "fedmed"}):
+        figure = Figure(figsize=(9.6, 3.9 * len(shown)), layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(len(shown), 2, sharey=True, squeeze=False)
+        for data, pair in zip(shown, panels, strict=True):
+            for axes, epsilon in zip(pair, ("off", "8"), strict=True):
+                words = "NOT PRIVATE" if epsilon == "off" else f"ε = {epsilon}, δ = 1e-4, per patient"
+                _panel(axes, rows, data, epsilon, f"{data}: {words}")
+            pair[0].set_ylabel("AUC on 400 other patients")
+            pair[0].legend(frameon=False, loc="lower right", fontsize=8)
+        figure.savefig(folder / "figure.svg", metadata={"Date": None})
+        figure.savefig(folder / "figure.png", dpi=160, metadata={"Software": None})
+
+
+def _panel(axes: Any, rows: list[Row], data: str, epsilon: str, title: str) -> None:
+    for method in METHODS:
+        found = curve(rows, data=data, method=method.name, epsilon=epsilon)
+        if not found:
+            continue
+        colour, marker = SERIES[method.name]
+        means, lows, highs = zip(*(band(values) for values in found.values()), strict=True)
+        axes.fill_between(list(found), lows, highs, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(list(found), means, color=colour, marker=marker, markersize=5, label=method.label)
+    axes.axhline(0.5, color=MUTED, linewidth=0.8, linestyle=":")
+    axes.set_xscale("log")
+    axes.set_xticks(SIZES, [str(size) for size in SIZES])
+    axes.minorticks_off()
+    axes.set_ylim(0.3, 1.02)
+    axes.set_xlabel("labelled patients in the federation")
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.grid(axis="y", color=MUTED, alpha=0.2, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+if __name__ == "__main__":
+    draw_figure(read_rows(FOLDER / "results.csv"), FOLDER)
