@@ -131,7 +131,7 @@ def test_a_model_is_carried_to_a_machine_without_internet(tmp_path: Path, machin
     assert imported.code == 0, imported.err
     assert imported.out.startswith(f"org/model at {COMMIT}\nimported: ")
     assert "org/model" in other("models", "list").out
-    assert other("models", "verify").out == "minilm: as pinned\norg/model: as pinned\n"
+    assert other("models", "verify").out == "minilm: as pinned\nphantom: as pinned\norg/model: as pinned\n"
     ended = other("run", *MODEL, "tracking=none", "privacy=off", "rounds=1", commands=heavy())
     assert ended.code == 0, ended.err
     assert len(hub.asked) == asked
@@ -171,6 +171,7 @@ def test_what_differs_from_its_pin_is_said_and_ends_with_1(machine: Machine) -> 
     assert ended.code == 1
     assert json.loads(ended.out) == {
         "minilm": {"ok": True, "differences": []},
+        "phantom": {"ok": True, "differences": []},
         "org/model": {
             "ok": False,
             "differences": ["adapter_config.json was added", "config.json was changed"],

@@ -36,7 +36,7 @@ Examples:
   fedmed models export rad_dino rad_dino.tar
 """
 
-IMPORT_HELP = """Take in what `fedmed models export` wrote, or a folder of converted weights.
+IMPORT_HELP = """Take in an exported file, or a folder of converted weights.
 
 Of a tar every file must have the name, size and sha256 that the tar's first member says before any is visible.
 Whoever made the tar says those, too: compare the sha256 that is printed with the one that the exporting side sees.

@@ -179,6 +179,7 @@ RANGES: list[tuple[type, str, list[Any], list[Any]]] = [
     (TextModelConfig, "whitening", [0.0, 1.0], [-0.1, 1.1]),
     (PretrainedConfig, "revision", [], ["a" * 40]),
     (PretrainedConfig, "lora_targets", ["q_proj|v_proj", r"self_attn\.(q|v)_proj"], ["(", "(a+)+", "a*", "x" * 201]),
+    (PretrainedConfig, "activations", ["fp32", "fp16", "bf16"], ["", "fp8", "FP16"]),
     (ImageModelConfig, "kind", [], ["text"]),
     (ImageModelConfig, "image_size", [0, 16, 2048], [15, 2049, -1]),
     (ImageModelConfig, "pooling", ["cls", "mean", "pooler"], ["max", ""]),
