@@ -67,10 +67,10 @@ Examples:
   fedmed site refuse /srv/fedmed demo-1f2e3d4c5b6a --why "no vote for this task"
 """
 
-CACHE_HELP = """Show, or clear, what frozen parts of models made of the site's records.
+CACHE_HELP = """Show, or clear, what models made of the site's records.
 
-It is computed once and kept in the site's folder, at most activations_gb of site.yaml. Clearing it loses nothing but
-the time to compute it again.
+The frozen part of a pretrained model is run once on each record. What it makes of them is kept in the site's folder, at
+most activations_gb of site.yaml; clearing it loses nothing but the time to compute it again.
 
 \b
 Examples:
