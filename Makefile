@@ -45,10 +45,10 @@ demo-imaging: install  ## Three made-up hospitals: DICOM written, ingested, lear
 	$(BIN)/fedmed run experiment=demo_imaging
 
 test: lint types  ## Lint, types and tests, at most 10 minutes
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
 test-full: install  ## The same tests at the full counts
-	FEDMED_TEST_FULL=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+	FEDMED_TEST_FULL=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
 test-system: install  ## What needs a browser or root: the report in Chromium, a site on a full disk
 	./tests/system/run

@@ -4,8 +4,12 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
+
+Case = TypeVar("Case")
 
 FOLDER = Path(__file__).parents[1] / "docs" / "evidence"
 FULL = bool(os.environ.get("FEDMED_TEST_FULL"))
@@ -24,6 +28,11 @@ def count(reduced: int, full: int) -> int:
     chosen = full if FULL else reduced
     _counts.setdefault(_test(), set()).add(f"{chosen:,}")
     return chosen
+
+
+def some(cases: Iterable[Case], one_of: int) -> list[Case]:
+    """Every so many-th case in `make test`, beginning with the first; all of them in `make test-full`."""
+    return list(cases)[:: 1 if FULL else one_of]
 
 
 def figure(name: str, value: str) -> None:

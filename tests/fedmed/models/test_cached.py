@@ -22,9 +22,11 @@ from fedmed.privacy.plan import make_plan
 from fedmed.privacy.randomness import seeded
 from fedmed.training import Arrays, local_parts, train
 from tests.conftest import sha256
+from tests.evidence import some
 from tests.fedmed.models.encoders import FAMILIES, image_encoder, image_overrides, modernbert
 from tests.stores import hospital
 
+HEAD = ["adapter=head"]
 LAST = ["adapter=lora", "adapter.rank=4", "adapter.last_blocks=1"]
 Setting = tuple[RunConfig, SiteDataset]
 
@@ -79,8 +81,10 @@ def update(run: RunConfig, model: Classifier, batch: Batch, data: SiteDataset) -
     return train(model, part, arrays, plan=plan, training=run.training, source=source).delta
 
 
-@pytest.mark.parametrize("family", ["bert", "modernbert", *FAMILIES])
-@pytest.mark.parametrize("adapter", [["adapter=head"], LAST], ids=["head", "lora"])
+@pytest.mark.parametrize(
+    ("family", "adapter"),
+    some([(family, adapter) for family in ("bert", "modernbert", *FAMILIES) for adapter in (HEAD, LAST)], 3),
+)
 def test_the_second_time_comes_from_the_file_bit_for_bit(
     family: str, adapter: list[str], tmp_path: Path, setting: Callable[..., Setting]
 ) -> None:
