@@ -16,6 +16,7 @@ from torch.nn import functional
 from fedmed.config import TrainingConfig
 from fedmed.data.dataset import SiteDataset
 from fedmed.models.classifier import INFERENCE_BATCH, Arrays, Batch, Classifier, select
+from fedmed.optimizers import SGD, AdamW, Optimizer
 from fedmed.privacy.dpsgd import PatientOptimizer, check_sound, private_step
 from fedmed.privacy.patient_gradients import PatientGradients
 from fedmed.privacy.plan import PrivacyPlan, check_sampler
@@ -117,7 +118,7 @@ def train(
     optimizer = _optimizer(parameters, training)
     start = [p.detach().clone() for p in parameters]
 
-    def pull_back(_: object = None) -> None:
+    def pull_back() -> None:
         # FedProx (Li et al. 2020, eq. 2), after clipping and noise: it reads shared values alone.
         if proximal_mu:
             for p, origin in zip(parameters, start, strict=True):
@@ -168,8 +169,8 @@ class _Room:
 def _train_private(
     model: Classifier,
     data: LocalData,
-    optimizer: torch.optim.Optimizer,
-    pull_back: Callable[[object], None],
+    optimizer: Optimizer,
+    pull_back: Callable[[], None],
     plan: PrivacyPlan,
     training: TrainingConfig,
     source: RandomSource,
@@ -179,8 +180,7 @@ def _train_private(
     if source.private:
         check_sampler([plan], parameters=model.trainable)
     wrapped = PatientGradients(model)
-    private = PatientOptimizer(optimizer, plan=plan, source=source)
-    private.attach_step_hook(pull_back)
+    private = PatientOptimizer(optimizer, plan=plan, source=source, before_step=pull_back)
     room = _Room(training)
     try:
         for _ in range(plan.steps_per_round):
@@ -188,36 +188,31 @@ def _train_private(
             private_step(wrapped, private, ((room.losses(wrapped, data, rows), of) for rows, of, _ in chunks))
     finally:
         wrapped.close()
-        for p in model.parameters():
-            for name in ("grad_sample", "summed_grad"):
-                if hasattr(p, name):
-                    delattr(p, name)
-            p.grad = None
     return private.noise_draws
 
 
 def _train_plain(
     model: Classifier,
     data: LocalData,
-    optimizer: torch.optim.Optimizer,
-    pull_back: Callable[[object], None],
+    optimizer: Optimizer,
+    pull_back: Callable[[], None],
     plan: PrivacyPlan,
     training: TrainingConfig,
     source: RandomSource,
 ) -> None:
     room = _Room(training)
     for _ in range(plan.steps_per_round):
-        optimizer.zero_grad(set_to_none=True)
-        for p in model.adapter().values():
+        for p in optimizer.parameters:
             p.grad = torch.zeros_like(p)
         for rows, patient_of_record, patients in _chunks(data, plan, room, source):
             counts = torch.bincount(patient_of_record, minlength=patients)
             (
                 room.losses(model, data, rows) / counts[patient_of_record] / plan.expected_batch
             ).sum().backward()
-        pull_back(None)
+        pull_back()
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for p in optimizer.parameters:
+        p.grad = None
 
 
 def _chunks(
@@ -256,14 +251,13 @@ def _losses(model: Callable[..., Tensor], data: LocalData, rows: Tensor) -> Tens
     return functional.binary_cross_entropy_with_logits(logits, data.labels[rows], reduction="none")
 
 
-def _optimizer(parameters: list[nn.Parameter], training: TrainingConfig) -> torch.optim.Optimizer:
+def _optimizer(parameters: list[nn.Parameter], training: TrainingConfig) -> Optimizer:
     # RunConfig has filled in the adapter's default.
     assert training.learning_rate is not None
+    settings = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
     if training.optimizer == "adam":
-        return torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
-    return torch.optim.SGD(
-        parameters, lr=training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
-    )
+        return AdamW(parameters, **settings)
+    return SGD(parameters, momentum=training.momentum, **settings)
 
 
 @torch.no_grad()

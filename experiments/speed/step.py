@@ -22,6 +22,7 @@ from networks import Setting, network, plan, records
 from torch import Tensor
 from torch.nn import functional
 
+from fedmed.optimizers import SGD
 from fedmed.privacy.dpsgd import PatientOptimizer, private_step
 from fedmed.privacy.patient_gradients import PatientGradients
 from fedmed.privacy.randomness import operating_system
@@ -55,7 +56,7 @@ class Sides:
         self.values, self.labels = values.to(device), labels.to(device)
         self.models = {side: network(setting).to(device) for side in ("plain", "private")}
         optimizers = {
-            side: torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+            side: SGD((p for p in model.parameters() if p.requires_grad), lr=1e-3)
             for side, model in self.models.items()
         }
         self.plain_optimizer = optimizers["plain"]
@@ -71,10 +72,10 @@ class Sides:
         )
 
     def plain(self) -> None:
-        self.plain_optimizer.zero_grad(set_to_none=True)
         self.losses(self.models["plain"]).mean().backward()
         self.plain_optimizer.step()
-        self.plain_optimizer.zero_grad(set_to_none=True)
+        for p in self.plain_optimizer.parameters:
+            p.grad = None
 
     def private(self) -> None:
         chunks = ((self.losses(self.wrapped), self.patients) for _ in (0,))
@@ -90,14 +91,15 @@ def seconds(action: Callable[[], None]) -> float:
 def shares(sides: Sides, rounds: int) -> dict[str, float]:
     """Medians of CPU milliseconds: clip (with truncation and sum), noise, and everything else: the network's part."""
     spent = {"clip": 0.0, "noise": 0.0}
-    owner, names = PatientOptimizer, {"clip": "accumulate", "noise": "add_noise"}
+    owner, names = PatientOptimizer, {"clip": "accumulate", "noise": "noised"}
     originals = {part: getattr(owner, name) for part, name in names.items()}
 
-    def timed(part: str) -> Callable[..., None]:
-        def call(*values: object) -> None:
+    def timed(part: str) -> Callable[..., object]:
+        def call(*values: object) -> object:
             began = time.process_time()
-            originals[part](*values)
+            found = originals[part](*values)
             spent[part] += time.process_time() - began
+            return found
 
         return call
 

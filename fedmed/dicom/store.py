@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -108,13 +109,15 @@ class ImageStore:
             raise _damaged(path)
         return cls(path=path, manifest=manifest, records=records, pixels=pixels)
 
+    @cached_property
+    def _places(self) -> list[list[int]]:
+        names = ["frames", "rows", "columns", "channels", "offset"]
+        # Row by row, pandas would take longer than the pixels.
+        return self.records[names].to_numpy(dtype=np.int64).tolist()
+
     def image(self, record: int) -> NDArray[np.uint16]:
         """The pixels of one record: (frames, rows, columns) or (frames, rows, columns, 3), not copied."""
-        row = self.records.iloc[record]
-        frames, rows, columns, channels = (
-            int(row[name]) for name in ("frames", "rows", "columns", "channels")
-        )
-        offset = int(row["offset"])
+        frames, rows, columns, channels, offset = self._places[record]
         flat = self.pixels[offset : offset + frames * rows * columns * channels]
         return flat.reshape((frames, rows, columns) if channels == 1 else (frames, rows, columns, channels))
 

@@ -3,8 +3,6 @@
 from collections.abc import Callable
 
 import torch
-from opacus.grad_sample import register_grad_sampler
-from opacus.grad_sample.embedding import compute_embedding_grad_sample
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.models.convnext.modeling_convnext import ConvNextLayerNorm
@@ -16,8 +14,10 @@ from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers im
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTLayerScale
 from transformers.models.vit.modeling_vit import ViTEmbeddings
 
+from fedmed.privacy.layer_gradients import sampler
 
-@register_grad_sampler(ViTEmbeddings)
+
+@sampler(ViTEmbeddings)
 def vit_embeddings(
     layer: nn.Module, _activations: list[Tensor], backprops: Tensor
 ) -> dict[nn.Parameter, Tensor]:
@@ -39,19 +39,21 @@ def vit_embeddings(
     }
 
 
-@register_grad_sampler(nn.Embedding)
+@sampler(nn.Embedding)
 def embedding(
     layer: nn.Embedding, activations: list[Tensor], backprops: Tensor
 ) -> dict[nn.Parameter, Tensor]:
     """Opacus's rule, with no gradient for the padding token: PyTorch gives it none."""
-    gradients = compute_embedding_grad_sample(layer, activations, backprops)
+    from opacus.grad_sample.embedding import compute_embedding_grad_sample
+
+    gradients: dict[nn.Parameter, Tensor] = compute_embedding_grad_sample(layer, activations, backprops)
     if layer.padding_idx is not None:
         for gradient in gradients.values():
             gradient[:, layer.padding_idx] = 0
     return gradients
 
 
-@register_grad_sampler([nn.LayerNorm, ConvNextLayerNorm, ConvNextV2LayerNorm])
+@sampler(nn.LayerNorm, ConvNextLayerNorm, ConvNextV2LayerNorm)
 def layer_norm(
     layer: nn.LayerNorm, activations: list[Tensor], backprops: Tensor
 ) -> dict[nn.Parameter, Tensor]:
@@ -73,7 +75,7 @@ def layer_norm(
     return found
 
 
-@register_grad_sampler([Dinov2LayerScale, Dinov2WithRegistersLayerScale, DINOv3ViTLayerScale])
+@sampler(Dinov2LayerScale, Dinov2WithRegistersLayerScale, DINOv3ViTLayerScale)
 def layer_scale(layer: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
     """`output = input * lambda1`.
 
@@ -83,7 +85,7 @@ def layer_scale(layer: nn.Module, activations: list[Tensor], backprops: Tensor) 
     return {layer.get_parameter("lambda1"): (activations[0] * backprops).sum(dim=1)}
 
 
-@register_grad_sampler(ConvNextV2GRN)
+@sampler(ConvNextV2GRN)
 def response_norm(
     layer: nn.Module, activations: list[Tensor], backprops: Tensor
 ) -> dict[nn.Parameter, Tensor]:

@@ -3,8 +3,6 @@
 from typing import Any
 
 import torch
-from opacus.grad_sample import register_grad_sampler
-from opacus.grad_sample.linear import compute_linear_grad_sample
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -48,5 +46,4 @@ class _Rows(torch.autograd.Function):
         )
 
 
-register_grad_sampler(RowLinear)(compute_linear_grad_sample)
 RULES[RowLinear] = linear

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy import stats
 
 from fedmed.config import TrainingConfig
 from fedmed.models.classifier import Arrays, Classifier
+from fedmed.optimizers import SGD
 from fedmed.privacy.bound import lower_bound, right_guesses
 from fedmed.privacy.canaries import WEIGHT, CanaryModel, Counted, canary_data, coupled
 from fedmed.privacy.dpsgd import PatientOptimizer, private_step
@@ -125,7 +125,7 @@ def _bytes_read(bench: Bench, patients: int, source: RandomSource) -> tuple[int,
     sampling, step = Counted(source), Counted(source)
     bench.plan.sample_patients(patients, sampling.counting())
     model = CanaryModel(bench.width)
-    optimizer = torch.optim.SGD(model.parameters(), lr=bench.learning_rate)
+    optimizer = SGD(model.parameters(), lr=bench.learning_rate)
     private = PatientOptimizer(optimizer, plan=bench.plan, source=step.counting())
     private_step(PatientGradients(model), private, [])
     return sampling.total, step.total

@@ -1,44 +1,52 @@
 """DP-SGD with the patient as the unit: combine a patient's gradients, then clip (privacy.md, rules 4 to 8).
 
-Opacus's optimizer takes the steps, on gradients that are each patient's (`fedmed.privacy.patient_gradients`); they are
-clipped, summed and noised as integers, and the noise comes from the site's own source.
+Each patient's gradients (`fedmed.privacy.patient_gradients`) are clipped, summed and noised as integers, and the noise
+comes from the site's own source.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from opacus.grad_sample import GradSampleModule
-from opacus.optimizers import DPOptimizer
-from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
 from torch import Tensor, nn
 
 from fedmed.errors import PrivacyError
+from fedmed.optimizers import Optimizer
 from fedmed.privacy.clipping import ClippedSum, noised
+from fedmed.privacy.layer_gradients import has_rule
 from fedmed.privacy.patient_gradients import Layout, PatientGradients
 from fedmed.privacy.plan import PrivacyPlan
 from fedmed.privacy.randomness import RandomSource
 
 
-class PatientOptimizer(DPOptimizer):
-    """Opacus's optimizer with clipping, sum and noise on the plan's integer grid (privacy.md, rule 10).
+class PatientOptimizer:
+    """Takes steps on clipped, summed and noised gradients of patients, on the plan's integer grid (rule 10).
 
-    `p.summed_grad` is int64, in cells, however many pieces a batch comes in. `noise_draws` counts the steps
-    that were noised, so that what ran can be held against what was accounted.
+    `noise_draws` counts the steps that were noised, so that what ran can be held against what was accounted.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, *, plan: PrivacyPlan, source: RandomSource) -> None:
-        super().__init__(
-            optimizer,
-            noise_multiplier=plan.noise_multiplier,
-            max_grad_norm=plan.max_grad_norm,
-            expected_batch_size=plan.expected_batch,
-        )
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        plan: PrivacyPlan,
+        source: RandomSource,
+        before_step: Callable[[], None] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            before_step: called when the noisy gradient is in every `p.grad`; may change it.
+        """
+        self.parameters = optimizer.parameters
         self.grid = plan.grid
-        self.source = source
         self.noise_draws = 0
+        self._optimizer = optimizer
+        self._source = source
+        self._before_step = before_step
+        self._divisor = plan.expected_batch
         self._patients = 0
         self._layout: Layout = []
         self._sum: ClippedSum | None = None
+        self._totals: dict[nn.Parameter, Tensor] = {}
 
     def accumulate(self, gradients: Tensor, layout: Layout) -> None:
         """Add the clipped and truncated gradients of patients to the step's sum.
@@ -59,41 +67,40 @@ class PatientOptimizer(DPOptimizer):
         self._sum.add(gradients)
 
     def _drain(self) -> None:
-        """Move what was summed so far to `p.summed_grad`."""
-        for p in self.params:
-            if p.summed_grad is None:
-                p.summed_grad = torch.zeros(p.shape, dtype=torch.int64, device=p.device)
+        """Move what was summed so far to its parameters' totals."""
+        for p in self.parameters:
+            if p not in self._totals:
+                self._totals[p] = torch.zeros(p.shape, dtype=torch.int64, device=p.device)
         if self._sum is not None:
-            regions = [p.summed_grad[region] for p, region in self._layout]  # type: ignore[attr-defined]
+            regions = [self._totals[p][region] for p, region in self._layout]
             for region, cells in zip(regions, _split(self._sum.cells(), regions), strict=True):
                 region += cells
         self._sum = None
 
-    def clip_and_accumulate(self) -> None:
-        """As `accumulate`, of what Opacus's way leaves in `p.grad_sample`; the sum is then in `p.summed_grad`."""
-        for p in self.params:
-            _check_processed_flag(p.grad_sample)
-        if len(self.grad_samples[0]):
-            gradients = torch.cat([g.flatten(1) for g in self.grad_samples], dim=1)
-            self.accumulate(gradients, [(p, ()) for p in self.params])
+    def cells(self) -> Tensor:
+        """(entries of all parameters,) int64: the step's sum so far, before its noise."""
         self._drain()
-        for p in self.params:
-            _mark_as_processed(p.grad_sample)
+        return torch.cat([self._totals[p].flatten() for p in self.parameters])
 
-    def add_noise(self) -> None:
-        """Sum of clipped gradients plus the plan's Gaussian, into `p.grad`."""
-        for p in self.params:
-            _check_processed_flag(p.summed_grad)
-        flat = torch.cat([p.summed_grad.flatten() for p in self.params])
-        gradient = noised(flat, grid=self.grid, source=self.source)
-        for p, own in zip(self.params, _split(gradient, self.params), strict=True):
-            p.grad = own.to(p.dtype)
-            _mark_as_processed(p.summed_grad)
+    def noised(self, cells: Tensor) -> Tensor:
+        """(entries,) float64: a sum with the plan's Gaussian. From here on everything is post-processing."""
         self.noise_draws += 1
-        self._patients = 0
+        return noised(cells, grid=self.grid, source=self._source)
+
+    def step(self) -> None:
+        """One step with noise, however many patients were accumulated."""
+        gradient = self.noised(self.cells())
+        self._patients, self._totals = 0, {}
+        for p, own in zip(self.parameters, _split(gradient, self.parameters), strict=True):
+            # The divisor is public: the expected number of patients, not how many there were (rule 5).
+            p.grad = own.to(p.dtype) / self._divisor
+        self._before_step()
+        self._optimizer.step()
+        for p in self.parameters:
+            p.grad = None
 
 
-def _split(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+def _split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """What lies in a row, in the shapes of others."""
     parts = flat.split([one.numel() for one in like])
     return [part.view(one.shape) for part, one in zip(parts, like, strict=True)]
@@ -114,11 +121,7 @@ def private_step(
     for losses, patient_of_record in chunks:
         for gradients, layout in model.combine(losses, patient_of_record):
             optimizer.accumulate(gradients, layout)
-    # Opacus's step then clips nobody, so that empty and full batches go the same way.
-    for p in model.parameters:
-        p.grad_sample = torch.zeros(0, *p.shape, dtype=p.dtype, device=p.device)  # type: ignore[attr-defined]
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
 
 
 def check_sound(model: nn.Module) -> None:
@@ -137,7 +140,7 @@ def check_sound(model: nn.Module) -> None:
             )
         if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
             raise PrivacyError(f"{name} ({kind}) keeps statistics of the data; set track_running_stats=False")
-        if trainable and type(module) not in GradSampleModule.GRAD_SAMPLERS:
+        if trainable and not has_rule(type(module)):
             raise PrivacyError(
                 f"{name} ({kind}) has trainable parameters without a per-sample gradient rule; freeze it "
                 "(adapter=lora, or adapter.embeddings=false) or register one in fedmed/models/grad_samplers.py"

@@ -1,7 +1,8 @@
 """Each patient's gradient of a layer, from what the layer read and the gradient of what it wrote.
 
-Opacus has a rule for every kind of layer that gives each record's gradient; those for which that can be done cheaper
-have one here. Nothing large is computed until a `Block` of patients asks for its own.
+Opacus has a rule for many kinds of layers that gives each record's gradient; those for which that can be done cheaper
+have one here, and it is loaded for the others alone. Nothing large is computed until a `Block` of patients asks for its
+own.
 """
 
 import math
@@ -11,7 +12,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -134,23 +134,57 @@ Gradient = Product | Small | Sampled
 Rule = Callable[[Any, Tensor, Tensor], dict[Tensor, Gradient]]
 
 
+# Each record's gradient of a layer's trained parameters, as Opacus's rules give it: from the layer, all that it read
+# and its output's gradient, first dimension records; by parameter (records, *shape).
+Sampler = Callable[[Any, list[Tensor], Tensor], dict[Any, Tensor]]
+SAMPLERS: dict[type[nn.Module], Sampler] = {}
+
+
+def sampler(*kinds: type[nn.Module]) -> Callable[[Sampler], Sampler]:
+    """Registers a rule for kinds of layers that Opacus lacks, or where its rule is not PyTorch's gradient."""
+
+    def register(rule: Sampler) -> Sampler:
+        SAMPLERS.update(dict.fromkeys(kinds, rule))
+        return rule
+
+    return register
+
+
+def has_rule(kind: type[nn.Module]) -> bool:
+    """Whether `layer_gradients` knows this kind of layer."""
+    return kind in RULES or _sampler(kind) is not None
+
+
 def layer_gradients(layer: nn.Module, inputs: list[Tensor], backprops: Tensor) -> dict[Tensor, Gradient]:
-    """By the rule for the layer's type, else by Opacus's."""
+    """By the rule for the layer's type, else from each record's gradient."""
     if type(layer) in RULES:
         return RULES[type(layer)](layer, inputs[0], backprops)
-    return _by_opacus(layer, inputs, backprops)
+    return _by_record(layer, inputs, backprops)
 
 
-def _by_opacus(layer: nn.Module, inputs: list[Tensor], backprops: Tensor) -> dict[Tensor, Gradient]:
+def _sampler(kind: type[nn.Module]) -> Sampler | None:
+    if kind in SAMPLERS:
+        return SAMPLERS[kind]
+    # Loads scipy and torch.distributed: two seconds that most runs need not spend.
+    from opacus.grad_sample import GradSampleModule
+
+    known: dict[type[nn.Module], Sampler] = GradSampleModule.GRAD_SAMPLERS
+    return known.get(kind)
+
+
+def _by_record(layer: nn.Module, inputs: list[Tensor], backprops: Tensor) -> dict[Tensor, Gradient]:
+    rule = _sampler(type(layer))
+    assert rule is not None, f"check_sound lets no trainable {type(layer).__name__} pass"
+
     @lru_cache(maxsize=1)
     def sampled(block: Block) -> dict[Tensor, Tensor]:
         own = [block.of(values).flatten(0, 1) for values in (*inputs, backprops)]
-        return GradSampleModule.GRAD_SAMPLERS[type(layer)](layer, own[:-1], own[-1])
+        return rule(layer, own[:-1], own[-1])
 
-    def rule(p: nn.Parameter) -> Sampled:
+    def gradient(p: nn.Parameter) -> Sampled:
         return Sampled(tuple(p.shape), lambda block: sampled(block)[p])
 
-    return {p: rule(p) for p in layer.parameters(recurse=False) if p.requires_grad}
+    return {p: gradient(p) for p in layer.parameters(recurse=False) if p.requires_grad}
 
 
 def linear(layer: nn.Linear, values: Tensor, backprops: Tensor) -> dict[Tensor, Gradient]:
@@ -194,7 +228,7 @@ def _grouped(layer: nn.Conv2d, images: Tensor, backprops: Tensor) -> dict[Tensor
         )
     if not layer.groups == layer.in_channels == layer.out_channels or isinstance(layer.padding, str):
         # Opacus reads the memory of an image as if its channels came first (ConvNeXt has them last).
-        return _by_opacus(layer, [images.contiguous()], backprops)
+        return _by_record(layer, [images.contiguous()], backprops)
     found: dict[Tensor, Gradient] = {}
     if layer.weight.requires_grad:
         found[layer.weight] = Sampled(

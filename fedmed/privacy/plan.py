@@ -151,14 +151,15 @@ def check_sampler(plans: Iterable[PrivacyPlan], *, parameters: int) -> None:
 
     If every output is within a total variation distance e of an (epsilon, d)-private one, it is
     (epsilon, d + (1 + exp(epsilon)) e)-private. e is at most the number of draws (steps times trainable
-    `parameters`, over all plans) times `SAMPLER_ERROR`; epsilon is that of a patient in all the plans.
+    `parameters`, over all plans) times `SAMPLER_ERROR`; epsilon is that of a patient in all the plans, by RDP: a bound
+    as good as PLD's, a little larger, that takes no second to compute.
 
     Raises:
         PrivacyError: the smallest delta's `NUMERICAL_SHARE` does not cover it.
     """
     plans = list(plans)
     delta = min(plan.delta for plan in plans)
-    epsilon = composed_epsilon([plan.event() for plan in plans], delta=delta)
+    epsilon = composed_epsilon([plan.event() for plan in plans], delta=delta, accountant="rdp")
     draws = parameters * sum(plan.steps for plan in plans)
     # As logarithms: exp(1000) is no float.
     error = float(np.logaddexp(0, epsilon)) + math.log(draws * SAMPLER_ERROR)

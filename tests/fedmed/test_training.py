@@ -64,15 +64,14 @@ def pre_noise_sums(run: tuple[RunConfig, Classifier, LocalData, PrivacyPlan], ar
     """What a step adds noise to, in cells: all parameters in one vector."""
     config, model, data, plan = run
     sums: list[np.ndarray] = []
-    add_noise = PatientOptimizer.add_noise
+    noised = PatientOptimizer.noised
 
-    def seen(optimizer: PatientOptimizer) -> None:
-        cells = [p.summed_grad.flatten() for p in optimizer.params]
-        sums.append(torch.cat(cells).double().numpy())
-        add_noise(optimizer)
+    def seen(optimizer: PatientOptimizer, cells: torch.Tensor) -> torch.Tensor:
+        sums.append(cells.double().numpy())
+        return noised(optimizer, cells)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PatientOptimizer, "add_noise", seen)
+        patch.setattr(PatientOptimizer, "noised", seen)
         train(model, data, arrays, plan=plan, training=config.training, source=operating_system())
     return sums[0]
 

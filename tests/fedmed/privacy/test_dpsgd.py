@@ -13,6 +13,7 @@ from fedmed.config import AdapterConfig
 from fedmed.errors import PrivacyError
 from fedmed.models.adapters import add_adapter
 from fedmed.models.classifier import Classifier
+from fedmed.optimizers import SGD
 from fedmed.privacy.dpsgd import (
     PatientOptimizer,
     check_sound,
@@ -122,13 +123,19 @@ def step(
 ) -> dict[str, Tensor]:
     """The gradient that one private step applies, by parameter."""
     plan = make(sample_rate=0.5, declared_size=12, max_grad_norm=clip, noise_multiplier=noise)
+    seen: dict[str, Tensor] = {}
+
+    def look() -> None:
+        for name, p in model.adapter().items():
+            assert p.grad is not None
+            seen[name] = p.grad.clone()
+
     optimizer = PatientOptimizer(
-        torch.optim.SGD(model.adapter().values(), lr=1.0),
+        SGD(model.adapter().values(), lr=1.0),
         plan=plan,
         source=source,  # type: ignore[arg-type]
+        before_step=look,
     )
-    seen: dict[str, Tensor] = {}
-    optimizer.attach_step_hook(lambda _: seen.update({n: p.grad.clone() for n, p in model.adapter().items()}))
     before = {name: p.detach().clone() for name, p in model.adapter().items()}
     wrapped = PatientGradients(model)
     private_step(wrapped, optimizer, batch(wrapped))
@@ -196,17 +203,15 @@ def clipped_norm(gradients: Tensor, patients: Tensor, number: int) -> Tensor:
     layer = nn.Linear(gradients.shape[1], 1, bias=False)
     plan = make(sample_rate=1.0, declared_size=1, max_grad_norm=CLIP)
     optimizer = PatientOptimizer(
-        torch.optim.SGD(layer.parameters(), lr=1.0),
+        SGD(layer.parameters(), lr=1.0),
         plan=plan,
         source=Silent,  # type: ignore[arg-type]
     )
     counts = torch.bincount(patients, minlength=number)
-    combined = torch.zeros(number, 1, gradients.shape[1])
-    combined.index_add_(0, patients, (gradients / counts[patients, None])[:, None])
-    layer.weight.grad_sample = combined  # type: ignore[attr-defined]
-    optimizer.pre_step()
-    assert layer.weight.grad is not None
-    return layer.weight.grad.flatten()
+    combined = torch.zeros(number, gradients.shape[1])
+    combined.index_add_(0, patients, gradients / counts[patients, None])
+    optimizer.accumulate(combined, [(layer.weight, ())])
+    return optimizer.noised(optimizer.cells()).float()
 
 
 def test_removing_one_patient_moves_the_sum_by_at_most_the_clip() -> None:
@@ -287,14 +292,12 @@ def test_sum_and_noise_are_added_as_integers() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(4096, 1, bias=False).double()
     plan = make(sample_rate=1.0, declared_size=1, max_grad_norm=CLIP, noise_multiplier=2.0)
-    optimizer = PatientOptimizer(torch.optim.SGD(layer.parameters(), lr=1.0), plan=plan, source=seeded(12))
-    layer.weight.grad_sample = torch.randn(3, 1, 4096)  # type: ignore[attr-defined]
-    optimizer.clip_and_accumulate()
-    assert layer.weight.summed_grad.dtype == torch.int64
-    cells = layer.weight.summed_grad.numpy() + plan.grid.noise(4096, seeded(12))
-    optimizer.add_noise()
-    assert layer.weight.grad is not None
-    assert np.array_equal(layer.weight.grad.numpy(), cells * plan.grid.cell)
+    optimizer = PatientOptimizer(SGD(layer.parameters(), lr=1.0), plan=plan, source=seeded(12))
+    optimizer.accumulate(torch.randn(3, 4096), [(layer.weight, ())])
+    cells = optimizer.cells()
+    assert cells.dtype == torch.int64
+    expected = (cells.numpy() + plan.grid.noise(4096, seeded(12))) * plan.grid.cell
+    assert np.array_equal(optimizer.noised(cells).numpy(), expected)
 
 
 def test_splitting_a_batch_does_not_change_it() -> None:
@@ -309,19 +312,16 @@ def test_splitting_a_batch_does_not_change_it() -> None:
 def test_a_sum_does_not_depend_on_how_the_batch_was_split() -> None:
     """The same per-patient gradients in pieces of any size: the same integers, where floats would differ."""
     torch.manual_seed(0)
-    gradients = torch.randn(24, 1, 513) * torch.logspace(-4, 3, 24)[:, None, None]
+    gradients = torch.randn(24, 513) * torch.logspace(-4, 3, 24)[:, None]
     sums, floats = [], []
     for size in (1, 5, 24):
         layer = nn.Linear(513, 1, bias=False)
         optimizer = PatientOptimizer(
-            torch.optim.SGD(layer.parameters(), lr=1.0), plan=make(max_grad_norm=CLIP), source=seeded(1)
+            SGD(layer.parameters(), lr=1.0), plan=make(max_grad_norm=CLIP), source=seeded(1)
         )
         for piece in gradients.split(size):
-            layer.weight.grad_sample = piece.clone()  # type: ignore[attr-defined]
-            optimizer.signal_skip_step(do_skip=True)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        sums.append(layer.weight.summed_grad)
+            optimizer.accumulate(piece, [(layer.weight, ())])
+        sums.append(optimizer.cells())
         floats.append(torch.stack([piece.sum(dim=0) for piece in gradients.split(size)]).sum(dim=0))
     assert torch.equal(sums[0], sums[1])
     assert torch.equal(sums[0], sums[2])
@@ -333,13 +333,11 @@ def test_more_patients_than_a_sum_can_hold_are_refused_across_pieces() -> None:
     layer = nn.Linear(2, 1, bias=False)
     # One gradient has 2^61 cells: three fit, four do not.
     plan = make(noise_multiplier=2.0**-41, declared_size=1)
-    optimizer = PatientOptimizer(torch.optim.SGD(layer.parameters(), lr=1.0), plan=plan, source=seeded(1))
+    optimizer = PatientOptimizer(SGD(layer.parameters(), lr=1.0), plan=plan, source=seeded(1))
     for _ in range(3):
-        layer.weight.grad_sample = torch.ones(1, 1, 2)  # type: ignore[attr-defined]
-        optimizer.clip_and_accumulate()
-    layer.weight.grad_sample = torch.ones(1, 1, 2)  # type: ignore[attr-defined]
+        optimizer.accumulate(torch.ones(1, 2), [(layer.weight, ())])
     with pytest.raises(PrivacyError, match="sum of 4 gradients would overflow"):
-        optimizer.clip_and_accumulate()
+        optimizer.accumulate(torch.ones(1, 2), [(layer.weight, ())])
 
 
 def test_noise_in_the_weights_has_the_variance_that_is_accounted() -> None:

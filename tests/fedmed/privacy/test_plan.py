@@ -87,7 +87,7 @@ def test_numerical_error_beyond_what_delta_keeps_is_refused() -> None:
     """privacy.md, rule 10: the error is (1 + e^epsilon) * steps * parameters * error of a draw, of 1% of delta."""
     plan = make(sample_rate=1.0)
     share = NUMERICAL_SHARE * plan.delta
-    most = int(share / (1 + np.exp(plan.epsilon())) / plan.steps / SAMPLER_ERROR)
+    most = int(share / (1 + np.exp(plan.epsilon(accountant="rdp"))) / plan.steps / SAMPLER_ERROR)
     check_sampler([plan], parameters=int(most * 0.999))
     with pytest.raises(PrivacyError, match=r"lower privacy\.epsilon, rounds or the adapter's size"):
         check_sampler([plan], parameters=int(most * 1.001))
