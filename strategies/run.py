@@ -128,6 +128,8 @@ def _admitted(
         for site, reason in sorted(reasons.items()):
             console.say(f"site '{site}': {reason}: fedmed site approve DIR {launch.run_id}")
 
+    # Before they are asked: sites that are played by workers forked from this process then find it computed.
+    ours = {site: site_epsilon(plan, histograms.get(site)) for site, plan in plans.items()}
     try:
         quotes = sites.connect(launch, approval_timeout=config.federation.approval_timeout, waits=waits)
         for site, quote in quotes.items():
@@ -135,8 +137,7 @@ def _admitted(
                 raise ConfigError(
                     f"site '{site}' declares {quote.declared_size} patients, the run another number"
                 )
-            ours = site_epsilon(plans[site], histograms.get(site))
-            if config.private and quote.epsilon is not None and quote.epsilon > ours * 1.001:
+            if config.private and quote.epsilon is not None and quote.epsilon > ours[site] * 1.001:
                 raise ConfigError(
                     f"site '{site}' accounts epsilon {quote.epsilon}, the run less; same versions?"
                 )
