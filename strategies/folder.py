@@ -41,6 +41,15 @@ class Progress:
     seconds: float = 0.0
     total_seconds: float = 0.0
 
+    def released(self) -> Arrays:
+        """What is released: the mean of the last `strategy.average_last` global adapters (post-processing)."""
+        recent = list(self.recent) or [self.arrays]
+        means = {
+            name: np.mean([arrays[name].astype(np.float64) for arrays in recent], axis=0)
+            for name in self.arrays
+        }
+        return {name: np.asarray(mean, dtype=np.float32) for name, mean in means.items()}
+
 
 class RunFolder:
     """The folder of one run. Rounds are journalled before they are sent: what was sent counts as spent."""

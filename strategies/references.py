@@ -33,7 +33,7 @@ def train_references(
         loop = Loop(run, sites, dict(own), name, score_rounds=False)
         progress = loop.run(Progress(round=0, arrays=model.initialise(run.seed)), until=run.rounds)
         last = Instruction.of(run, own, run_id=name, round=run.rounds)
-        return sites.evaluate(last, loop.released(progress), own)
+        return sites.evaluate(last, progress.released(), own)
 
     alone: dict[str, ScoreCounts] = {}
     for site, plan in plans.items():

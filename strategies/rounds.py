@@ -14,7 +14,6 @@ from fedmed.metrics import ScoreCounts
 from fedmed.privacy.plan import PrivacyPlan
 from fedmed.records import Instruction
 from strategies import build
-from strategies.base import Arrays
 from strategies.folder import Progress
 from strategies.replies import good_updates
 from strategies.sites import Sites
@@ -92,15 +91,6 @@ class Loop:
             )
             self.finished(progress)
         return progress
-
-    def released(self, progress: Progress) -> Arrays:
-        """What is released: the mean of the last `strategy.average_last` global adapters (post-processing)."""
-        recent = list(progress.recent) or [progress.arrays]
-        means = {
-            name: np.mean([arrays[name].astype(np.float64) for arrays in recent], axis=0)
-            for name in progress.arrays
-        }
-        return {name: np.asarray(mean, dtype=np.float32) for name, mean in means.items()}
 
     def _entry(
         self, number: int, counts: Mapping[str, ScoreCounts], dropped: dict[str, str], answered: list[str]

@@ -116,7 +116,7 @@ def measure(point: Point, path: Path, tests: Tests, commit: str) -> Row:
         progress = made.load()
         assert progress is not None
         spent = max(plan.epsilon() for plan in made.plans().values()) if config.private else None
-        auc = tests.auc(point.method, config, progress.arrays)
+        auc = tests.auc(point.method, config, progress.released())
     values = (
         *point.key, f"{auc:.4f}", "off" if spent is None else f"{spent:.4f}",
         f"{time.process_time() - began:.1f}", commit,

@@ -1,4 +1,4 @@
-"""Score a finished run's exported adapter on a hospital that took part in no training.
+"""Score what a finished run released on a hospital that took part in no training.
 
 Example: python experiments/xray/score.py RUN experiments/xray/data/val/ingested/val
 """
@@ -10,17 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file
 
 from fedmed.config import run_config_from_dict
 from fedmed.data.readers import read_site
 from fedmed.metrics import ScoreCounts
 from fedmed.models.build import build
 from fedmed.training import LocalData, logits, one_thread
+from strategies.folder import RunFolder
 
 
 def score(run: Path, hospital: Path) -> tuple[float, float]:
-    """AUC and accuracy (threshold 0.5) of `run`/adapter on every image of an ingested `hospital`."""
+    """AUC and accuracy (threshold 0.5) of what `run` released, on every image of an ingested `hospital`."""
     one_thread()
     config = run_config_from_dict(json.loads((run / "config.json").read_text()))
     # All of this hospital is scored: half of it is held out only because a split needs two parts.
@@ -28,7 +28,11 @@ def score(run: Path, hospital: Path) -> tuple[float, float]:
     data = read_site(task, hospital.name, seed=0)
     network = build(config.task, config.model, config.adapter)
     everyone = LocalData(network.prepare(data), torch.from_numpy(data.labels), [])
-    found = logits(network, everyone, load_file(run / "adapter" / "adapter.safetensors"))
+    progress = RunFolder(run).load()
+    if progress is None:
+        raise SystemExit(f"{run}: no round was finished")
+    network.initialise(config.seed)
+    found = logits(network, everyone, progress.released())
     if not np.isfinite(found).all():
         raise SystemExit(f"{run}: the adapter's scores are not finite; the training diverged")
     counts = ScoreCounts.of(found, data.labels)

@@ -362,7 +362,7 @@ def test_a_round_is_announced_before_it_is_sent() -> None:
 def test_what_is_released_is_the_mean_of_the_last_adapters() -> None:
     with Federation(run_config("strategy.average_last=2"), client_app()) as federation:
         progress = federation.run()
-        released = federation.loop.released(progress)
+        released = progress.released()
     after = np.cumsum([np.mean([n, 10 + n, 20 + n, 30 + n]) for n in (1, 2, 3)])
     assert len(progress.recent) == 2
     np.testing.assert_allclose(released["w"], np.float32(after[1:].mean()), rtol=1e-6)
