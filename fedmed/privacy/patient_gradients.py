@@ -104,8 +104,6 @@ class PatientGradients:
         self.parameters = sorted(
             (p for p in model.parameters() if p.requires_grad), key=lambda p: p.dim() < 2
         )
-        ends = itertools.accumulate((p.numel() for p in self.parameters), initial=0)
-        self._columns = [slice(first, last) for first, last in itertools.pairwise(ends)]
         self._held: Tensor | None = None
 
     def __call__(self, **inputs: Tensor) -> Tensor:
