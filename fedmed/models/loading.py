@@ -276,6 +276,11 @@ def load_image_text(config: ImageModelConfig) -> tuple[Any, Any, Preprocessor]:
     return model, _tokenizer(folder), _preprocessor(config, folder)
 
 
+def settings_digest(encoder: Any) -> str:
+    """The sha256 of a loaded encoder's settings: what besides its weights its output depends on."""
+    return hashlib.sha256(encoder.config.to_json_string().encode()).hexdigest()
+
+
 def tokenizer_digest(config: PretrainedConfig) -> str:
     """The sha256 of the folder's tokenizer files, by name: what the weights' digest does not pin."""
     digest = hashlib.sha256()
