@@ -48,3 +48,27 @@ def test_records_are_never_those_of_one_version_and_labels_those_of_another(
     data = read(asked.task, SITE, asked.seed, None)
     assert np.array_equal(training.batch["features"].numpy(), data.features[data.part(test=False)])
     assert np.array_equal(training.labels.numpy(), data.labels[data.part(test=False)])
+
+
+@pytest.mark.parametrize(("size", "alone"), [(1, True), (None, False), (8, False)])
+def test_patients_who_are_computed_apart_are_prepared_apart(
+    asked: Instruction, size: int | None, alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """privacy.md, rule 6: the frozen layers' rounding in a batch would tell of others as that of trained ones does."""
+    training = dataclasses.replace(asked.training, physical_batch_size=size)
+    asked, seen = dataclasses.replace(asked, training=training), []
+    build = clients.site.build
+
+    def built(*given: Any) -> Any:
+        model = build(*given)
+        prepare = model.prepare
+        monkeypatch.setattr(
+            model,
+            "prepare",
+            lambda data, *, cache, alone: (seen.append(alone), prepare(data, cache=cache))[1],
+        )
+        return model
+
+    monkeypatch.setattr(clients.site, "build", built)
+    clients.site._parts(asked, SITE, None, None)
+    assert seen == [alone]
