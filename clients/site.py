@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fedmed.config import parse
 from fedmed.data.dataset import SiteDataset
 from fedmed.data.readers import read_site, version_of
-from fedmed.errors import ConfigError
+from fedmed.errors import ConfigError, DataError
 from fedmed.metrics import ScoreCounts
 from fedmed.models.activations import ActivationCache
 from fedmed.models.build import build
@@ -243,8 +243,12 @@ def _split(
     alone: bool,
 ) -> tuple[LocalData, LocalData]:
     task = parse("task", json.loads(key)["task"])
-    batch = _prepared(key, version, site, split_key, cache, alone)
-    return local_parts(batch, _read(task, site, seed, split_key))
+    batch, content = _prepared(key, version, site, split_key, cache, alone)
+    data = _read(task, site, seed, split_key)
+    if data.manifest.content_sha256 != content:
+        # One patient's rows would stand beside another one's labels.
+        raise DataError("the data was replaced while it was read; ask again")
+    return local_parts(batch, data)
 
 
 @lru_cache(maxsize=16)
@@ -255,14 +259,15 @@ def _prepared(
     split_key: bytes | None,
     cache: ActivationCache | None,
     alone: bool,
-) -> Batch:
+) -> tuple[Batch, str]:
     """The site's records as the model reads them, kept between rounds and runs: the frozen part of the model is
-    computed once. It does not depend on the split, and so not on the seed."""
+    computed once. It does not depend on the split, and so not on the seed. Beside it the content that it is of."""
     del version
     parts = json.loads(key)
     task, model, adapter = (parse(name, parts[name]) for name in ("task", "model", "adapter"))
     data = _read(task, site, 0, split_key)
-    return build(task, model, adapter).prepare(data, cache=cache, alone=alone)
+    batch = build(task, model, adapter).prepare(data, cache=cache, alone=alone)
+    return batch, data.manifest.content_sha256
 
 
 def _read(task: TaskConfig, site: str, seed: int, split_key: bytes | None) -> SiteDataset:

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ SUFFIX = ".activations"
 _MAGIC = b"fedmed activations 1\n"
 # Payloads begin at a multiple of it.
 _PAGE = 4096
+_DRAFT = ".part"
+# Another process may still be writing to a younger one.
+_STALE_SECONDS = 24 * 3600
 HOME_BYTES = 20 * 10**9
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -101,16 +105,31 @@ class ActivationCache:
         return [path for _, path in sorted(found)]
 
     def clear(self) -> int:
-        """Remove every entry, and return the bytes that they took."""
-        freed = 0
+        """Remove every entry, also what was not written to its end, and return the bytes that they took."""
+        return sum(map(_remove, (*self.entries(), *self._drafts())))
+
+    def forget(self, source: "Source") -> None:
+        """Remove what was computed of an earlier content of this data.
+
+        A patient who was taken out of the data is taken out of what was computed from it.
+        """
         for path in self.entries():
-            freed += _remove(path)
-        return freed
+            about = _parse(path)
+            if about is not None and about["data"] == source.data and about["content"] != source.content:
+                _remove(path)
+        for path in self._drafts():
+            # A process that was killed has left it: nobody knows of what.
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                    _remove(path)
+
+    def _drafts(self) -> list[Path]:
+        return list(self.folder.glob(f".*{_DRAFT}"))
 
     def _write(self, path: Path, source: "Source", *, rows: int, dtype: torch.dtype, pieces: Pieces) -> None:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._remove_of_earlier(source)
-        descriptor, name = tempfile.mkstemp(dir=self.folder, prefix=".", suffix=".part")
+        self.forget(source)
+        descriptor, name = tempfile.mkstemp(dir=self.folder, prefix=".", suffix=_DRAFT)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 about: dict[str, Any] = {}
@@ -153,13 +172,6 @@ class ActivationCache:
             # Whoever has it mapped keeps it until it is done.
             _remove(path)
 
-    def _remove_of_earlier(self, source: "Source") -> None:
-        """A patient who was taken out of the data is taken out of what was computed from it."""
-        for path in self.entries():
-            about = _parse(path)
-            if about is not None and about["data"] == source.data and about["content"] != source.content:
-                _remove(path)
-
 
 @dataclass(frozen=True)
 class Source:
@@ -198,15 +210,22 @@ class Asked:
         """What enters block `cut`, as one of `DTYPES`."""
         return self._tensor({"of": "state", "cut": cut}, DTYPES[dtype], pieces)
 
+    def forget_earlier(self) -> None:
+        """Where nobody is left in the data, nothing is computed that would take the place of what was."""
+        if self.cache is not None:
+            self.cache.forget(self._source)
+
+    @property
+    def _source(self) -> Source:
+        return Source.of(data=f"{self.data.site} {self.where}", content=self.data.manifest.content_sha256)
+
     def _tensor(self, of: dict[str, Any], dtype: torch.dtype, pieces: Pieces) -> Tensor:
         if self.cache is None:
             return _computed(pieces, dtype)
         versions = {name: version(name) for name in ("torch", "transformers")}
         return self.cache.tensor(
             self.depends | of | versions | {"dtype": _name(dtype)},
-            source=Source.of(
-                data=f"{self.data.site} {self.where}", content=self.data.manifest.content_sha256
-            ),
+            source=self._source,
             records=digest_of(self.inputs),
             rows=len(self.data.labels),
             dtype=dtype,

@@ -20,7 +20,7 @@ from fedmed.data.table import feature_names
 from fedmed.model import TabularModelConfig, TextModelConfig
 from fedmed.models.activations import ActivationCache, Asked
 from fedmed.models.adapters import add_adapter
-from fedmed.models.loading import load_text_encoder
+from fedmed.models.loading import load_text_encoder, settings_digest
 from fedmed.models.prefix import capture, cut_point, replayed
 from fedmed.models.row_linear import RowLinear
 from fedmed.task import TableTaskConfig
@@ -179,10 +179,12 @@ class TextClassifier(Classifier):
         self.eval()
         if not data.texts:
             # Of a site without a usable record: tensors of no record, shaped like any others.
+            Asked(cache, data, self.where, {}, {}).forget_earlier()
             some = dataclasses.replace(data, texts=["-"])
             return {name: tensor[:0] for name, tensor in self.prepare(some).items()}
-        # Stored at full length: a record's state must not depend on the batch that it came in.
-        inputs = self.tokenize(data.texts)
+        # Stored at one length: a record's state must not depend on the batch that it came in. The longest text of a
+        # site is somebody's, and whose removal would shorten all others, down to their last bits.
+        inputs = self.tokenize(data.texts, whole=alone)
         size = 1 if alone else INFERENCE_BATCH
         asked = Asked(cache, data, self.where, self._depends | {"batch": size}, inputs)
         if self.head_only:
@@ -203,12 +205,20 @@ class TextClassifier(Classifier):
     @property
     def _depends(self) -> dict[str, Any]:
         """What stored activations depend on besides the token ids."""
-        return {"model": self.config.sha256, "pooling": self.config.pooling}
+        return {
+            "model": self.config.sha256,
+            "settings": settings_digest(self.encoder),
+            "pooling": self.config.pooling,
+        }
 
-    def tokenize(self, texts: list[str]) -> Batch:
-        """(records, tokens) int64 ids and mask, padded to the longest text."""
+    def tokenize(self, texts: list[str], *, whole: bool = False) -> Batch:
+        """(records, tokens) int64 ids and mask, padded to the longest text, or to as many tokens as are ever read."""
         encoded = self.tokenizer(
-            texts, padding=True, truncation=True, max_length=self.limit, return_tensors="pt"
+            texts,
+            padding="max_length" if whole else True,
+            truncation=True,
+            max_length=self.limit,
+            return_tensors="pt",
         )
         return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 

@@ -16,7 +16,7 @@ from fedmed.model import ImageModelConfig
 from fedmed.models.activations import ActivationCache, Asked
 from fedmed.models.adapters import add_adapter
 from fedmed.models.classifier import Batch, Classifier, zero
-from fedmed.models.loading import IMAGE_FAMILIES, load_image_encoder
+from fedmed.models.loading import IMAGE_FAMILIES, load_image_encoder, settings_digest
 from fedmed.models.prefix import capture, cut_point, replayed
 from fedmed.models.row_linear import RowLinear
 from fedmed.task import ImageTaskConfig
@@ -73,6 +73,7 @@ class ImageClassifier(Classifier):
         self.eval()
         if not len(data.images):
             # Of a site without a usable record: tensors of no record, shaped like any others.
+            Asked(cache, data, self.where, {}, {}).forget_earlier()
             some = dataclasses.replace(data, images=np.zeros((1, *data.images.shape[1:]), dtype=np.float32))
             return {name: tensor[:0] for name, tensor in self.prepare(some).items()}
         records = torch.from_numpy(data.images)
@@ -92,6 +93,7 @@ class ImageClassifier(Classifier):
         """What stored activations depend on besides the images."""
         return {
             "model": self.config.sha256,
+            "settings": settings_digest(self.encoder),
             "pooling": self.config.pooling,
             "feature_norm": self.config.feature_norm,
             "preprocessing": dataclasses.asdict(self.preprocessor),

@@ -15,7 +15,7 @@ from fedmed.data.dataset import SiteDataset
 from fedmed.errors import ConfigError
 from fedmed.model import ImageModelConfig
 from fedmed.models.activations import ActivationCache, Asked
-from fedmed.models.loading import load_image_text
+from fedmed.models.loading import load_image_text, settings_digest
 from fedmed.task import ImageTaskConfig
 
 
@@ -39,6 +39,7 @@ class ImageTextEncoder:
         """What an image's embedding depends on besides the image."""
         return {
             "model": self.config.sha256,
+            "settings": settings_digest(self.model),
             "space": "image and text",
             "preprocessing": dataclasses.asdict(self.preprocessor),
         }

@@ -61,7 +61,8 @@ def locate(config: PretrainedConfig) -> Path:
 
     Raises:
         ModelError: the package is not installed, the commit is not in the cache, the folder is missing, or a file in
-            it is missing, damaged, of a model for something else, or of a preprocessing that is not known.
+            it is missing, damaged, of a model for something else, of a preprocessing that is not known, or would
+            have other weights loaded than the pinned ones.
     """
     folder = _folder(config)
     if not folder.is_dir():
@@ -70,6 +71,7 @@ def locate(config: PretrainedConfig) -> Path:
         if not (folder / name).is_file():
             raise ModelError(f"model.path={folder}: no {name} in it{_instead(folder)}")
     kind = _kind(folder)
+    _check_alone(folder)
     if isinstance(config, ImageModelConfig):
         _check_image(folder, kind)
         _preprocessor(config, folder)
@@ -115,6 +117,25 @@ def _instead(folder: Path) -> str:
         )
     found = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".ckpt", ".h5"))
     return f"; {found[0]} is not read: convert it to safetensors" if found else ""
+
+
+def _check_alone(folder: Path) -> None:
+    """Refuse what would have transformers load other weights than those whose digest is pinned, or more."""
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"model.path={folder}: an adapter_config.json in it, which would change the pinned weights; remove it, or "
+            "merge the adapter with PEFT and write the folder again with save_pretrained"
+        )
+    named: list[object] = []
+    json.loads(
+        (folder / "config.json").read_text(),
+        object_hook=lambda values: named.append(values.get("transformers_weights")),
+    )
+    if any(name is not None for name in named):
+        raise ModelError(
+            f"model.path={folder}: transformers_weights in its config.json, which names other weights than the pinned "
+            "model.safetensors; remove that key"
+        )
 
 
 def _check_text(folder: Path, kind: str) -> None:
@@ -253,6 +274,11 @@ def load_image_text(config: ImageModelConfig) -> tuple[Any, Any, Preprocessor]:
 
     model = _load(getattr(transformers, IMAGE_TEXT[kind]), folder)
     return model, _tokenizer(folder), _preprocessor(config, folder)
+
+
+def settings_digest(encoder: Any) -> str:
+    """The sha256 of a loaded encoder's settings: what besides its weights its output depends on."""
+    return hashlib.sha256(encoder.config.to_json_string().encode()).hexdigest()
 
 
 def tokenizer_digest(config: PretrainedConfig) -> str:

@@ -75,7 +75,7 @@ def pull(
     with _in_words(hub, revision):
         info = _info(hub, revision or "main")
     if not COMMIT.fullmatch(info.sha or ""):
-        raise ModelError(f"{hub}: the hub at {_endpoint()} names no commit for it")
+        raise ModelError(f"{hub}: the hub at {_shown()} names no commit for it")
     listed = _listed(hub, info)
     if before is not None and info.sha != before.revision:
         raise ModelError(
@@ -116,6 +116,12 @@ def _check_online(hub: str) -> None:
 
 def _endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def _shown() -> str:
+    """The hub's address without a name and password that may stand in it."""
+    scheme, mark, rest = _endpoint().rpartition("://")
+    return f"{scheme}{mark}{rest.rpartition('@')[2]}"
 
 
 def _info(hub: str, revision: str) -> Any:
@@ -188,7 +194,7 @@ def _in_words(hub: str, revision: str) -> Iterator[None]:
     """What the hub answers, as one line: never an address, which may hold a token."""
     from huggingface_hub import errors
 
-    page = f"{_endpoint()}/{hub}"
+    page = f"{_shown()}/{hub}"
     try:
         yield
     except errors.GatedRepoError:
@@ -203,10 +209,10 @@ def _in_words(hub: str, revision: str) -> Iterator[None]:
         ) from None
     except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "no status"
-        raise ModelError(f"{hub}: the hub at {_endpoint()} answers {status}; try again later") from None
+        raise ModelError(f"{hub}: the hub at {_shown()} answers {status}; try again later") from None
     except (errors.HTTPError, errors.LocalEntryNotFoundError) as error:
         raise ModelError(
-            f"{hub}: the hub at {_endpoint()} cannot be reached ({type(error).__name__}); see HF_ENDPOINT, "
+            f"{hub}: the hub at {_shown()} cannot be reached ({type(error).__name__}); see HF_ENDPOINT, "
             "or bring a file: fedmed models import FILE.tar"
         ) from None
     except (

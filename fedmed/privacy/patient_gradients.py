@@ -79,8 +79,16 @@ class _Call:
     def _versions(self) -> list[int]:
         return [value._version for value in (*self.inputs, self.output)]
 
-    def check(self) -> None:
-        """Raise PrivacyError where a later layer wrote over them: the gradient would be of something else."""
+    def check(self, records: int) -> None:
+        """Raise PrivacyError where rows are not records, or a later layer wrote over them: the gradient would be of
+        someone or something else."""
+        rows = {len(value) if value.dim() else 0 for value in (*self.inputs, self.output)}
+        if rows != {records}:
+            found = ", ".join(map(str, sorted(rows)))
+            raise PrivacyError(
+                f"a trainable {type(self.module).__name__} reads or writes {found} rows for {records} records, so that "
+                "no row is known to be one patient's; freeze it"
+            )
         if self._versions() != self.versions:
             raise PrivacyError(
                 f"a layer after a trainable {type(self.module).__name__} works in place (for example "
@@ -127,7 +135,8 @@ class PatientGradients:
             (patients, entries), where the next block is written over it, and what lies there, one object for all.
 
         Raises:
-            PrivacyError: a layer works in place on what a trainable one read or wrote.
+            PrivacyError: a layer works in place on what a trainable one read or wrote, or the first dimension of
+                that is not the records.
         """
         owners = Owners.of(patient_of_record)
         # The mean is taken here: the gradient of a record's share is its share of the gradient.
@@ -135,7 +144,7 @@ class PatientGradients:
         calls, self._calls = self._calls, []
         # Of the layers' outputs and not of the parameters: autograd then computes no gradient of the whole batch.
         for call in calls:
-            call.check()
+            call.check(len(losses))
         outputs = torch.autograd.grad(mean, [call.output for call in calls], allow_unused=True)
         found: dict[Tensor, list[Gradient]] = {}
         for call, gradient in zip(calls, outputs, strict=True):

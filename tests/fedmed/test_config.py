@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 import re
+import time
 import typing
 from typing import Any
 
@@ -491,3 +492,34 @@ def test_declared_numbers_of_images_are_counted_in_units() -> None:
     assert [patients.declared_train(site) for site in "ab"] == [70, 70]
     assert [images.declared_train(site) for site in "ab"] == [175, 280]
     assert [images.declared_held_out(site) for site in "ab"] == [75, 120]
+
+
+HOSTILE = [
+    r"\w?" * 60 + r"\d",
+    r"(\w|)" * 30 + r"\d",
+    r"(\w|\B)" * 28,
+    "(?i)a",
+    "(?P1)",
+    "a" + "()" * 5,
+    "a??",
+    "(?:a)?",
+]
+
+
+@pytest.mark.parametrize("pattern", HOSTILE)
+def test_a_pattern_that_could_keep_a_site_busy_is_refused(pattern: str) -> None:
+    with pytest.raises(ConfigError, match="at most 4 groups"):
+        PretrainedConfig(path="x", sha256="a" * 64, lora_targets=pattern)
+
+
+GROUP = "(" + "|".join("." * n for n in range(1, 9)) + ")"
+
+
+@pytest.mark.parametrize("pattern", [r"(\w|)" * 4 + r"\d", GROUP * 4 + "z"])
+def test_the_worst_pattern_that_is_allowed_takes_no_time(pattern: str) -> None:
+    """One that fits no name, tried in every way."""
+    asked = PretrainedConfig(path="x", sha256="a" * 64, lora_targets=pattern).lora_targets
+    began = time.process_time()
+    for name in ("attention.attention.query", "a." * 50):
+        assert re.fullmatch(rf"(.*\.)?({asked})", name) is None
+    assert time.process_time() - began < 0.5

@@ -1,6 +1,7 @@
 """An entry is what was computed, found by all that it depends on, or it is not found."""
 
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -227,3 +228,32 @@ def test_entries_are_named_by_nothing_but_a_digest(tmp_path: Path) -> None:
     assert len(path.name) == 64 + len(SUFFIX)
     assert b"Mercy" not in path.read_bytes()
     assert np.memmap(path, np.uint8).size == 4096 + VALUES.numel() * 4
+
+
+def killed(folder: Path) -> Path:
+    """A cache in which a process died while it wrote: what it leaves is of patients, too."""
+
+    def pieces() -> Iterator[Tensor]:
+        yield VALUES[:2].expand(1000, 2, 4, 3).flatten(0, 1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if not (child := os.fork()):
+        cache(folder).tensor(KEY, source=SOURCE, records="r", rows=5, dtype=VALUES.dtype, pieces=pieces)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    [draft] = (folder / "cache").iterdir()
+    assert draft.stat().st_size > 4096
+    return draft
+
+
+def test_what_a_killed_process_left_goes_when_all_is_cleared_or_after_a_day(tmp_path: Path) -> None:
+    kept, draft = cache(tmp_path), killed(tmp_path)
+    content = draft.read_bytes()
+    assert kept.clear() == len(content)
+    assert list(kept.folder.iterdir()) == []
+    draft.write_bytes(content)
+    ask(kept, Pieces())
+    assert draft.exists(), "another process may be writing to it"
+    os.utime(draft, (0, 0))
+    ask(kept, Pieces(), records="others")
+    assert not draft.exists()
+    assert len(kept.entries()) == 2

@@ -1,6 +1,8 @@
 """Classifiers with a cache: the second time the frozen part is not run, and every update is the same."""
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -177,3 +179,38 @@ def test_a_record_by_itself_does_not_depend_on_the_others(setting: Callable[...,
     fewer = dataclasses.replace(few, texts=texts[:-1], labels=few.labels[:-1])
     every, without = (model.prepare(part, alone=True)["state"] for part in (few, fewer))
     assert torch.equal(every[:-1], without)
+
+
+@pytest.mark.parametrize("adapter", [HEAD, LAST])
+def test_other_settings_of_the_same_weights_are_another_entry(
+    adapter: list[str], tmp_path: Path, setting: Callable[..., Setting]
+) -> None:
+    """config.json says how the weights are used, and the weights' digest does not pin it."""
+    run, data = setting("vit", *adapter)
+    kept = ActivationCache(tmp_path / "cache", 10**8)
+    network(run).prepare(data, cache=kept)
+    shutil.copytree(tmp_path / "vit", tmp_path / "other")
+    path = tmp_path / "other" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_attention_heads": 4}))
+    other = dataclasses.replace(run, model=dataclasses.replace(run.model, path=str(path.parent)))
+    model = network(other)
+    [(name, found)], [(_, expected)] = (model.prepare(data, cache=c).items() for c in (kept, None))
+    assert torch.equal(found, expected), name
+    assert len(kept.entries()) == 2
+
+
+@pytest.mark.parametrize("family", ["bert", "vit"])
+def test_when_everybody_has_left_nothing_is_kept_of_them(
+    family: str, tmp_path: Path, setting: Callable[..., Setting]
+) -> None:
+    run, data = setting(family, *LAST)
+    kept = ActivationCache(tmp_path / "cache", 10**8)
+    network(run).prepare(data, cache=kept)
+    assert len(kept.entries()) == 1
+    manifest = dataclasses.replace(data.manifest, content_sha256="0" * 64, records=0, patients=0, positives=0)
+    nobody = dataclasses.replace(
+        data, texts=[], images=data.images[:0], labels=data.labels[:0], patients=data.patients[:0],
+        test=data.test[:0], manifest=manifest,
+    )  # fmt: skip
+    assert all(len(tensor) == 0 for tensor in network(run).prepare(nobody, cache=kept).values())
+    assert kept.entries() == []

@@ -12,6 +12,7 @@ import transformers as t
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
+import fedmed.models.loading
 from fedmed.errors import ModelError
 from fedmed.model import ImageModelConfig, TextModelConfig
 from fedmed.models.loading import IMAGE_FAMILIES, check_digest, load_image_encoder, load_text_encoder, locate
@@ -182,3 +183,35 @@ def test_a_hub_id_is_found_in_the_cache_alone(
         locate(image(vit, path=None, hub="org/tiny-vit", revision="f" * 40))
     with pytest.raises(ModelError, match=r"model\.sha256=000000000000…"):
         load_image_encoder(image(vit, path=None, hub="org/tiny-vit", revision=COMMIT, sha256="0" * 64))
+
+
+@pytest.mark.parametrize("where", ["adapter", "config", "tower"])
+def test_nothing_beside_the_weights_names_others(where: str, vit: Path, clip: Path, tmp_path: Path) -> None:
+    """The digest is that of model.safetensors; transformers would load what these files name, without a word."""
+    folder = tmp_path / "model"
+    shutil.copytree(clip if where == "tower" else vit, folder)
+    pinned, _ = load_image_encoder(image(folder))
+    others = {name: values + 1 for name, values in load_file(folder / "model.safetensors").items()}
+    save_file(others, folder / "others.safetensors", metadata={"format": "pt"})
+    if where == "adapter":
+        from peft import LoraConfig, get_peft_model
+
+        adapter = get_peft_model(
+            t.ViTModel.from_pretrained(vit), LoraConfig(target_modules=["q_proj", "query"])
+        )
+        adapter.save_pretrained(folder)
+    else:
+        values = json.loads((folder / "config.json").read_text())
+        (values["vision_config"] if where == "tower" else values)["transformers_weights"] = (
+            "others.safetensors"
+        )
+        (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ModelError, match=r"other weights|change the pinned weights"):
+        load_image_encoder(image(folder))
+    # The deliberately broken variant: without the check other weights come, under the pinned digest.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fedmed.models.loading, "_check_alone", lambda _: None)
+        got, _ = load_image_encoder(image(folder))
+    expected = dict(pinned.named_parameters())
+    named = dict(got.named_parameters())
+    assert named.keys() != expected.keys() or any(not torch.equal(named[n], p) for n, p in expected.items())

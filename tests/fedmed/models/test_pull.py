@@ -245,3 +245,17 @@ def test_a_pulled_image_encoder_is_loaded_from_the_models_folder(
         ModelError, match=r"preprocessor_config\.json has 2 bytes, not \d+; run: fedmed models pull"
     ):
         locate(run.model)
+
+
+@pytest.mark.parametrize("fault", ["nobody", *FAULTS])
+def test_a_password_in_the_hub_s_address_is_not_said(
+    hub: Hub, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = "127.0.0.1:9" if fault == "nobody" else hub.url.removeprefix("http://")
+    monkeypatch.setenv("HF_ENDPOINT", f"http://ada:s3cr3t@pass@{place}/")
+    hub.fault = fault
+    with pytest.raises(ModelError) as caught:
+        pull("org/model")
+    assert "org/model" in str(caught.value)
+    assert "s3cr3t" not in str(caught.value)
+    assert "pass" not in str(caught.value)

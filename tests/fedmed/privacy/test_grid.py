@@ -268,3 +268,25 @@ def test_noise_comes_at_five_million_values_a_second() -> None:
         if seconds[-1] < 0.2:
             break
     assert len(cells) / min(seconds) >= 5e6
+
+
+def test_a_sum_stays_exact_however_many_pieces_one_step_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What float32 still has room for is kept from piece to piece; a step of many blocks adds them one by one."""
+    own = grid(noise_multiplier=1.0, max_grad_norm=1.0)
+    gradients = torch.zeros(99, 3)
+    gradients[:, 1] = 1e6 * torch.rand(99, generator=torch.Generator().manual_seed(0)) + 1
+    gradients[::2, 0] = 3.0
+    alone = [clipped_sum([g[None]], grid=own)[0] for g in gradients]
+    expected = torch.stack(alone).sum(dim=0)
+
+    def summed(size: int) -> Tensor:
+        total = ClippedSum(3, grid=own, device=torch.device("cpu"))
+        for piece in gradients.split(size):
+            total.add(piece)
+        return total.cells()
+
+    for size in (1, 3, 16, 17, 99):
+        assert torch.equal(summed(size), expected)
+    # The deliberately broken variant: more than float32 holds.
+    monkeypatch.setattr("fedmed.privacy.clipping.EXACT", 2**30)
+    assert not torch.equal(summed(3), expected)

@@ -254,3 +254,31 @@ def test_nothing_is_left_on_the_network() -> None:
     wrapped(images=torch.randn(2, 1, 6, 6))
     wrapped.close()
     assert not any(module._forward_hooks for module in model.modules())
+
+
+class Folded(nn.Module):
+    """Parts of images side by side in one dimension, as an encoder with windows has them; no layer has a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 4, bias=False), nn.Linear(4, 1, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = torch.tanh(self.inner(images.flatten(0, 1)))
+        return self.head(hidden.unflatten(0, (len(images), -1)).mean(dim=1)).squeeze(1)
+
+
+def test_rows_that_are_not_records_are_nobody_s_gradient() -> None:
+    """The first rows would be taken for the patients': removing one would move the gradients of all who follow."""
+    torch.manual_seed(0)
+    wrapped = PatientGradients(Folded())
+    images = torch.randn(6, 3, 4)
+    with pytest.raises(PrivacyError, match="a trainable Linear reads or writes 18 rows for 6 records"):
+        wrapped.combine(wrapped(images=images), torch.arange(6))
+    # The deliberately broken variant: without the check nothing else notices.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(patient_gradients._Call, "check", lambda *_: None)
+        whole, without = (
+            combined(wrapped, wrapped(images=own), torch.arange(len(own))) for own in (images, images[1:])
+        )
+    assert all(not torch.allclose(a, b, atol=1e-4) for a, b in zip(whole[1:], without, strict=True))
