@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-from tests import evidence
+from tests import evidence, kept
 from tests.evidence import count as count
 
 
@@ -31,6 +32,12 @@ class _Workers:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if kept.FOLDER not in os.environ:
+        # The workers of pytest-xdist are started later, and find it.
+        folder = tempfile.TemporaryDirectory(prefix="fedmed-kept-")
+        config.add_cleanup(folder.cleanup)
+        os.environ[kept.FOLDER] = folder.name
+    kept.keep()
     if config.pluginmanager.hasplugin("xdist"):
         config.pluginmanager.register(_Workers())
 
