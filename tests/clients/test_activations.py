@@ -14,6 +14,8 @@ from tests.conftest import sha256
 from tests.fedmed.models.encoders import image_encoder, image_overrides
 from tests.stores import hospital
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 POLICY: dict[str, Any] = {"tasks": ["spots"], "max_records_per_patient": 3, "data": "*"}
 
 

@@ -135,10 +135,13 @@ def test_what_protects_nobody_is_refused_and_not_computed_for_minutes() -> None:
             plan.epsilon()
         assert time.monotonic() - began < 2
     # A search that begins among such plans goes on from there.
-    noise = calibrate_noise(epsilon=90.0, delta=0.09, sample_rate=1.0, steps=100)
-    assert 89 < independent(
-        make(noise_multiplier=noise, sample_rate=1.0, steps_per_round=1, rounds=100, delta=0.09), PLDAccountant
-    ) <= 90  # fmt: skip
+    aim = {"delta": 0.09, "sample_rate": 1.0}
+    noise = calibrate_noise(epsilon=120.0, steps=2500, **aim)
+    plan = make(noise_multiplier=noise, steps_per_round=1, rounds=2500, **aim)
+    assert 119 < independent(plan, PLDAccountant) <= 120
+    # Where it begins: what `calibrate_noise` starts with is refused.
+    with pytest.raises(PrivacyError, match="an epsilon above 1000"):
+        make(noise_multiplier=0.95, steps_per_round=1, rounds=2500, **aim).epsilon()
 
 
 def test_an_event_that_cannot_be_accounted_is_refused() -> None:
