@@ -116,7 +116,9 @@ def check(result: Dataset, tag: int, row: Any, options: dict[str, bool], *, nest
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_row_at_the_top(options: dict[str, bool]) -> None:
     """One file a row: nothing else in it can make up for a wrong action."""
-    assert walk(ROWS, options) == len(ROWS)
+    # In `make test` each row with both values of each option: half of the rows with each combination.
+    rows = some(ROWS[0 if FULL else (0, 1, 1, 0)[OPTIONS.index(options)] :], 2)
+    assert walk(rows, options) == len(rows) >= len(ROWS) // 2
 
 
 def walk(rows: list[str], options: dict[str, bool]) -> int:
