@@ -125,6 +125,7 @@ def wait_for(what: Callable[[], Any], *, seconds: float = 60) -> Any:
 def _serve(warm: str, modules: list[str]) -> None:
     for module in modules:
         importlib.import_module(module)
+    importlib.import_module("tests.kept").keep()
     exec(warm, {})
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:

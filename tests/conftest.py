@@ -2,7 +2,11 @@
 
 import hashlib
 import os
+import random
+import secrets
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 # Before torch is imported anywhere: one thread, as every worker process has.
@@ -13,7 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-from tests import evidence
+from tests import evidence, kept
 from tests.evidence import count as count
 
 
@@ -31,6 +35,12 @@ class _Workers:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if kept.FOLDER not in os.environ:
+        # The workers of pytest-xdist are started later, and find it.
+        folder = tempfile.TemporaryDirectory(prefix="fedmed-kept-")
+        config.add_cleanup(folder.cleanup)
+        os.environ[kept.FOLDER] = folder.name
+    kept.keep()
     if config.pluginmanager.hasplugin("xdist"):
         config.pluginmanager.register(_Workers())
 
@@ -49,9 +59,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Site keys of a test stay in its folder."""
+def _own_home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Site keys of a test stay in its folder, and are the same each time: they say who is held out."""
     monkeypatch.setenv("FEDMED_HOME", str(tmp_path / "fedmed-home"))
+    draws = random.Random(request.node.nodeid)
+    keys = SimpleNamespace(token_bytes=draws.randbytes, token_hex=secrets.token_hex)
+    monkeypatch.setattr("fedmed.data.split.secrets", keys)
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots that nobody looks at take longer than the rounds."""
+    monkeypatch.setattr("strategies.run.write_report", lambda *_: None)
 
 
 WORDS = """middle aged age old older elderly young adult male female typical atypical angina chest pain non cardiac

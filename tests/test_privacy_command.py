@@ -98,4 +98,4 @@ def test_examples_work() -> None:
     examples = re.findall(r"^ +fedmed (privacy audit.*?)(?: {2,}.*| > .*)?$", ended.out, re.MULTILINE)
     assert len(examples) == 4
     for example in examples:
-        assert heavy()(*example.split(), *SHORT[2:]).code == 0, example
+        assert heavy()(*example.split(), "--rounds=2", "--canaries=100", "--guesses=20").code == 0, example

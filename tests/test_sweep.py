@@ -1,6 +1,7 @@
 """Sweeps: all jobs checked before the first starts, what fails stops nothing, and all of it is charged."""
 
 import dataclasses
+import functools
 import io
 import json
 import re
@@ -52,6 +53,15 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ended, Path]:
     return heavy()("run", "-m", *FAST, "rounds=2", "seed=0,1,2,3", cwd=path, before=FAILING), path
 
 
+@functools.cache
+def ledger(accountant: Any, *events: dp_accounting.DpEvent) -> Any:
+    """dp-accounting by itself; sites whose plans are equal ask it once."""
+    made = accountant(neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    for event in events:
+        made.compose(event)
+    return made
+
+
 def saved(path: Path) -> dict[str, Any]:
     (file,) = path.glob("sweeps/*/sweep.json")
     values: dict[str, Any] = json.loads(file.read_text())
@@ -89,12 +99,13 @@ def test_all_jobs_are_charged_together(swept: tuple[Ended, Path]) -> None:
     """Rule 14 of the privacy specification, against dp-accounting itself; a job that failed counts too."""
     ended, path = swept
     total = saved(path)["epsilon_of_all_jobs"]
-    ledger = PLDAccountant(neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
-    for _, config in compose_sweep([*FAST, "rounds=2", "seed=0,1,2,3"]):
-        # All patients are in every step, so that the plan of one site is that of all.
-        plan = make_plan(config, "Hungary")
-        ledger.compose(dp_accounting.GaussianDpEvent(plan.noise_multiplier), plan.steps)
-    assert total == pytest.approx(ledger.get_epsilon(1e-4), rel=1e-3)
+    # All patients are in every step, so that the plan of one site is that of all.
+    plans = [make_plan(config, "Hungary") for _, config in compose_sweep([*FAST, "rounds=2", "seed=0,1,2,3"])]
+    steps = [
+        dp_accounting.SelfComposedDpEvent(dp_accounting.GaussianDpEvent(plan.noise_multiplier), plan.steps)
+        for plan in plans
+    ]
+    assert total == pytest.approx(ledger(PLDAccountant, *steps).get_epsilon(1e-4), rel=1e-3)
     assert 3.0 < total < 4 * 3.0
     assert f"all jobs together: epsilon {round_up(total):.2f} (PLD) at a site" in ended.out
 
@@ -160,6 +171,10 @@ def failing(job: int, error: BaseException) -> Callable[[RunConfig, list[str]], 
     return run
 
 
+# Noise that need not be sought for an epsilon.
+NOISE = ["privacy.epsilon=null", "privacy.noise_multiplier=12"]
+
+
 def test_a_sweep_with_a_job_that_is_not_private_has_no_epsilon(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -182,16 +197,16 @@ def test_a_site_pays_for_the_jobs_it_took_part_in(here: Path) -> None:
 
 def test_a_sweep_pays_for_private_metrics_too(here: Path) -> None:
     """privacy.md, rule 14: the composition of all that its runs spend."""
-    jobs = compose_sweep([*FAST, "privacy.metrics=none,private", "privacy.metrics_epsilon=3"])
+    jobs = compose_sweep([*FAST, *NOISE, "privacy.metrics=none,private", "privacy.metrics_epsilon=1.5"])
     run_sweep(jobs, pretend)
     (here / "other").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here / "other")
         run_sweep([jobs[0], jobs[0]], pretend)
     spent = [job["epsilon"] for job in saved(here)["jobs"]]
-    assert spent[0] < spent[1] < spent[0] + 3
+    assert spent[0] < spent[1] < spent[0] + 1.5
     trained_twice = saved(here / "other")["epsilon_of_all_jobs"]
-    assert trained_twice < saved(here)["epsilon_of_all_jobs"] < trained_twice + 3
+    assert trained_twice < saved(here)["epsilon_of_all_jobs"] < trained_twice + 1.5
 
 
 def test_a_patient_and_a_record_do_not_add_up(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,13 +280,15 @@ def written(job: Path, config: RunConfig, *, sent: int, metrics: bool = False) -
         folder.journal(event="metrics-sent")
 
 
-PARTS = ["privacy.metrics=private", "privacy.metrics_epsilon=3", "training.sample_rate=0.3"]
+PARTS = [
+    "privacy.metrics=private", "privacy.metrics_epsilon=1.5", "training.sample_rate=0.3", "privacy.epsilon=null",
+]  # fmt: skip
 
 
 @pytest.fixture
 def unequal(here: Path) -> Path:
     """Jobs that ended, failed in the midst, died at work, and never sent anything."""
-    jobs = compose_sweep([*FAST, *PARTS, "rounds=4", "privacy.epsilon=0.5,1,2,3"])
+    jobs = compose_sweep([*FAST, *PARTS, "rounds=4", "privacy.noise_multiplier=9,5,3,2"])
     root = here / "sweeps" / "x"
     written(root / "0", jobs[0][1], sent=4, metrics=True)
     written(root / "1", jobs[1][1], sent=2)
@@ -286,14 +303,20 @@ def independent(
     accountant: Any, configs: list[RunConfig], sent: list[int], site: str, *, metrics: int
 ) -> float:
     """dp-accounting by itself, of these rounds and of this many of the jobs' metrics."""
-    ledger = accountant(neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
-    for config, rounds in zip(configs, sent, strict=True):
-        noise = make_plan(config, site).noise_multiplier
-        step = dp_accounting.PoissonSampledDpEvent(0.3, dp_accounting.GaussianDpEvent(noise))
-        ledger.compose(step, rounds * config.training.steps_per_round)
+    steps = [
+        dp_accounting.SelfComposedDpEvent(
+            dp_accounting.PoissonSampledDpEvent(
+                0.3, dp_accounting.GaussianDpEvent(make_plan(config, site).noise_multiplier)
+            ),
+            rounds * config.training.steps_per_round,
+        )
+        for config, rounds in zip(configs, sent, strict=True)
+    ]
     histogram = metrics_plans(configs[0].task, configs[0].privacy)[site]
-    ledger.compose(dp_accounting.GaussianDpEvent(histogram.noise_multiplier), metrics)
-    return float(ledger.get_epsilon(1e-4))
+    drawn = dp_accounting.SelfComposedDpEvent(
+        dp_accounting.GaussianDpEvent(histogram.noise_multiplier), metrics
+    )
+    return float(ledger(accountant, *steps, drawn).get_epsilon(1e-4))
 
 
 def test_a_sweeps_folder_says_what_was_sent(unequal: Path) -> None:
@@ -301,7 +324,8 @@ def test_a_sweeps_folder_says_what_was_sent(unequal: Path) -> None:
     ended = light()("privacy", "sweep", str(unequal), "--json")
     assert (ended.code, ended.err, ended.torch) == (0, "", False)
     values = json.loads(ended.out)
-    configs = [config for _, config in compose_sweep([*FAST, *PARTS, "rounds=4", "privacy.epsilon=0.5,1,2"])]
+    jobs = [*FAST, *PARTS, "rounds=4", "privacy.noise_multiplier=9,5,3"]
+    configs = [config for _, config in compose_sweep(jobs)]
     assert values["jobs_sent"] == 3
     assert set(values["sites"]) == set(configs[0].task.declared_sizes)
     for site, cost in values["sites"].items():
@@ -327,10 +351,10 @@ def test_a_sweep_that_ran_costs_what_it_said(swept: tuple[Ended, Path]) -> None:
     values = json.loads(light()("privacy", "sweep", str(root), "--json").out)
     assert values["jobs_sent"] == 2
     (config, _) = (config for _, config in compose_sweep([*FAST, "rounds=2", "seed=0,3"]))
-    ledger = PLDAccountant(neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
     plan = make_plan(config, "Hungary")
-    ledger.compose(dp_accounting.GaussianDpEvent(plan.noise_multiplier), 2 * plan.steps)
-    assert values["sites"]["Hungary"]["epsilon_pld"] == pytest.approx(ledger.get_epsilon(1e-4), rel=0.01)
+    steps = [dp_accounting.GaussianDpEvent(plan.noise_multiplier)] * (2 * plan.steps)
+    alone = ledger(PLDAccountant, *steps).get_epsilon(1e-4)
+    assert values["sites"]["Hungary"]["epsilon_pld"] == pytest.approx(alone, rel=0.01)
 
 
 def test_a_job_without_privacy_leaves_no_epsilon_of_the_sweep(here: Path) -> None:
@@ -373,7 +397,10 @@ def test_a_folder_that_tells_nothing_is_refused(unequal: Path, tmp_path: Path) -
 # The question.
 
 
-REAL = ["task.public_benchmark=false", "task.split=hash", "privacy.epsilon=1,2", "rounds=3"]
+REAL = [
+    "task.public_benchmark=false", "task.split=hash", "privacy.epsilon=null", "privacy.noise_multiplier=6,12",
+    "rounds=3",
+]  # fmt: skip
 
 
 def test_a_sweep_on_real_cohorts_is_not_started_unasked(tmp_path: Path) -> None:
@@ -395,10 +422,7 @@ def test_what_is_announced_is_the_composition_of_all_jobs(capsys: pytest.Capture
         said = re.search(rf"'{site}': epsilon ([\d.]+) \(PLD\), ([\d.]+) \(RDP\) at delta ([\d.e-]+)", out)
         assert said
         for text, accountant in zip(said.groups(), (PLDAccountant, RdpAccountant), strict=False):
-            ledger = accountant(neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
-            for plan in plans:
-                ledger.compose(plan.event())
-            exact = ledger.get_epsilon(plans[0].delta)
+            exact = ledger(accountant, *(plan.event() for plan in plans)).get_epsilon(plans[0].delta)
             assert exact <= float(text) <= exact * 1.01 + 0.01
         assert float(said[3]) == pytest.approx(plans[0].delta)
 

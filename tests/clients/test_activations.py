@@ -14,6 +14,8 @@ from tests.conftest import sha256
 from tests.fedmed.models.encoders import image_encoder, image_overrides
 from tests.stores import hospital
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 POLICY: dict[str, Any] = {"tasks": ["spots"], "max_records_per_patient": 3, "data": "*"}
 
 
@@ -25,7 +27,7 @@ def asked(tmp_path: Path) -> list[str]:
     folder = image_encoder(tmp_path / "encoder", "vit")
     return image_overrides(
         folder, "vit", tmp_path / "data", "adapter.last_blocks=1", f"federation.sites={tmp_path / 'sites'}",
-        "task.declared_sizes={a: 60, b: 60}", "privacy.noise_multiplier=8",
+        "task.declared_sizes={a: 60, b: 60}", "privacy.noise_multiplier=8", "rounds=1", "training.steps_per_round=1",
     )  # fmt: skip
 
 

@@ -411,7 +411,7 @@ def journalled(dst: Path) -> int:
     return 0
 
 
-MANY = 300
+MANY = 120
 
 
 def many(folder: Path) -> Path:

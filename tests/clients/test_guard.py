@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import os
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -51,7 +48,7 @@ from tests.clients.sites import (
     trained,
     update,
 )
-from tests.commands import ROOT, wait_for
+from tests.commands import Ended, light, wait_for
 
 ROUND = ["reserved", "opened", "committed"]
 
@@ -190,16 +187,9 @@ def test_one_site_s_refusal_gives_back_what_the_others_promised(tmp_path: Path, 
 # A person's approval.
 
 
-def site_command(*words: str) -> subprocess.CompletedProcess[str]:
+def site_command(*words: str) -> Ended:
     """`fedmed site WORDS` in a process of its own."""
-    program = (
-        "import sys, typer, clients.cli; root = typer.Typer(); root.callback()(lambda: None); "
-        "clients.cli.add_commands(root); root(sys.argv[1:])"
-    )
-    return subprocess.run(
-        [sys.executable, "-c", program, "site", *words], capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False,
-    )  # fmt: skip
+    return light()("site", *words)
 
 
 def waiting(site: Path) -> str:
@@ -213,7 +203,7 @@ def test_a_run_waits_until_a_person_decides_in_another_process(
 ) -> None:
     sites = make_sites(tmp_path / "sites", "a")
     make_site(sites / "b", "b", held_out="none", budget=30, needs_approval=True)
-    ended: list[subprocess.CompletedProcess[str]] = []
+    ended: list[Ended] = []
     seen: list[list[str]] = []
 
     def person() -> None:
@@ -244,7 +234,7 @@ def test_a_run_waits_until_a_person_decides_in_another_process(
         assert states(sites / "b") == ["request", "decision"]
         assert opened == []
     thread.join()
-    assert (ended[0].returncode, ended[0].stderr) == (0, "")
+    assert (ended[0].code, ended[0].err) == (0, "")
     assert seen == [["request"]]
     decision = entries(sites / "b")[1]
     assert (decision["by"], decision["why"]) == ("Ada", "vote 12")
@@ -325,9 +315,9 @@ def test_what_a_person_reads_of_a_run_cannot_act_on_the_terminal(tmp_path: Path,
     spoofed = dataclasses.replace(asked, task=dataclasses.replace(asked.task, title=title))
     assert quoted(site, spoofed).waiting
     listed = site_command("requests", str(site))
-    assert listed.returncode == 0, listed.stderr
-    assert "\x1b" not in listed.stdout
-    assert not any(line.startswith("r: approved") for line in listed.stdout.splitlines())
+    assert listed.code == 0, listed.err
+    assert "\x1b" not in listed.out
+    assert not any(line.startswith("r: approved") for line in listed.out.splitlines())
     for run_id in ("", "r\nr: approved", "x" * 201):
         assert ask(site, MessageType.QUERY, dataclasses.replace(asked, run_id=run_id)).has_error()
 

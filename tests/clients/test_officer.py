@@ -55,17 +55,24 @@ def leaves(group: typer.core.TyperGroup, *words: str) -> list[tuple[str, ...]]:
     return found
 
 
-def test_every_help_has_an_example_and_no_line_that_is_cut_off(command: Any) -> None:
+def test_every_help_has_an_example_and_no_line_that_is_cut_off(
+    command: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, whole, _ = command("--help")
+    assert code == 0
     # The fixture has put this checkout's commands in place.
     from fedmed.cli.main import build_app
 
     root = typer.main.get_command(build_app())
     assert isinstance(root, typer.core.TyperGroup)
     shown = leaves(root)
+    root.main(["--help"], prog_name="fedmed", standalone_mode=False)
+    assert capsys.readouterr().out == whole
     assert len(shown) > 20
     for words in shown:
-        code, out, _ = command(*words, "--help")
-        assert code == 0
+        # As `main` calls it, of one tree of commands for all.
+        assert not root.main([*words, "--help"], prog_name="fedmed", standalone_mode=False)
+        out = capsys.readouterr().out
         assert re.search(rf"^ +fedmed {' '.join(words)}", out.split("Examples:")[1], re.MULTILINE), words
         assert "\\[" not in out, words
         assert "...\n" not in out.partition("Commands:")[2], words

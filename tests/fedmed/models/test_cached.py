@@ -40,7 +40,7 @@ def setting(tmp_path: Path, hf_overrides: list[str]) -> Callable[..., Setting]:
     def made(family: str, *overrides: str) -> Setting:
         if family in FAMILIES:
             folder = image_encoder(tmp_path / family, family)
-            hospital(tmp_path / "data" / "a", patients=12)
+            hospital(tmp_path / "data" / "a", patients=40, most=2)
             run = compose(image_overrides(folder, family, tmp_path / "data", *overrides))
             return run, images.read_site(run.task, "a", seed=0)
         base = ["tracking=none", "privacy.epsilon=null", "privacy.noise_multiplier=1"]

@@ -24,6 +24,7 @@ from tests.fedmed.models import encoders
 
 READER = """
 import json, re, sys
+import torch
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
@@ -31,19 +32,60 @@ class Refuse:
             raise ImportError(name)
 
 sys.meta_path.insert(0, Refuse())
-base, folder = sys.argv[1:3]
-card = open(folder + "/MODEL_CARD.md").read()
-exec(re.search(r"```python\\n(.*?)```", card, re.S)[1])
-texts = json.load(sys.stdin)
-print(json.dumps(scores(base, folder + "/adapter", texts).tolist()))
+found = {}
+for folder, base in json.load(sys.stdin).items():
+    card = open(f"{folder}/MODEL_CARD.md").read()
+    exec(re.search(r"```python\\n(.*?)```", card, re.S)[1])
+    found[folder] = scores(base, f"{folder}/adapter", torch.load(f"{folder}/inputs.pt")).tolist()
+print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize(("adapter", "pooling"), [("lora", "mean"), ("ffa_lora", "cls")])
+def read_by_others(bases: dict[str, str], cwd: Path) -> dict[str, list[float]]:
+    """The scores of each folder's snippet, as it stands, in a process that cannot import fedmed.
+
+    One process for all of them: to import transformers takes its time.
+    """
+    out = subprocess.run(
+        [sys.executable, "-c", READER],
+        input=json.dumps(bases),
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+    )
+    assert out.returncode == 0, out.stderr
+    found: dict[str, list[float]] = json.loads(out.stdout)
+    assert found.keys() == bases.keys()
+    return found
+
+
 def test_plain_transformers_and_peft_reproduce_the_scores(
-    adapter: str, pooling: str, hf_overrides: list[str], bert_folder: Path, tmp_path: Path
+    hf_overrides: list[str], bert_folder: Path, tmp_path: Path
 ) -> None:
-    """The snippet in the card, run as it stands by a process that cannot import fedmed, agrees to 1e-5."""
+    """The snippet in the card agrees to 1e-5."""
+    expected = {
+        adapter: _exported_text_model(tmp_path / adapter, adapter, pooling, hf_overrides)
+        for adapter, pooling in (("lora", "mean"), ("ffa_lora", "cls"))
+    }
+    found = read_by_others(dict.fromkeys(expected, str(bert_folder)), tmp_path)
+    for adapter, scores in expected.items():
+        assert np.abs(np.array(found[adapter]) - scores).max() < 1e-5
+        assert scores.std() > 0.01
+        files = {path.name for path in (tmp_path / adapter / "adapter").iterdir()}
+        assert files == {
+            "adapter_model.safetensors",
+            "adapter_config.json",
+            "head.safetensors",
+            "adapter.json",
+        }
+        # The path of this machine's base model is nobody else's business.
+        assert str(bert_folder) not in (tmp_path / adapter / "adapter" / "adapter_config.json").read_text()
+
+
+def _exported_text_model(folder: Path, adapter: str, pooling: str, hf_overrides: list[str]) -> np.ndarray:
+    """Write a folder with adapter, card and texts; return the scores of these."""
+    folder.mkdir()
     config = compose(
         [*hf_overrides, "tracking=none", f"adapter={adapter}", "adapter.last_blocks=2", "model.components=8",
          "model.synthetic_sentences=40", f"model.pooling={pooling}", "seed=3"]
@@ -53,22 +95,12 @@ def test_plain_transformers_and_peft_reproduce_the_scores(
     rng = np.random.default_rng(0)
     arrays = {n: v + rng.normal(0, 0.05, v.shape).astype(np.float32) for n, v in model.initialise(3).items()}
     model.initialise(99)
-    export(model, arrays, config, tmp_path / "adapter")
-    write_card(_summary(config.task.declared_sizes, config), config, tmp_path / "MODEL_CARD.md")
+    export(model, arrays, config, folder / "adapter")
+    write_card(_summary(config.task.declared_sizes, config), config, folder / "MODEL_CARD.md")
     texts = read_site(config.task, "Switzerland", seed=0).texts[:20]
+    torch.save(texts, folder / "inputs.pt")
     with torch.no_grad():
-        expected = model(**model.tokenize(texts)).numpy()
-    out = subprocess.run(
-        [sys.executable, "-c", READER, str(bert_folder), str(tmp_path)],
-        input=json.dumps(texts), capture_output=True, text=True, check=False, cwd=tmp_path,
-    )  # fmt: skip
-    assert out.returncode == 0, out.stderr
-    assert np.abs(np.array(json.loads(out.stdout)) - expected).max() < 1e-5
-    assert expected.std() > 0.01
-    files = {path.name for path in (tmp_path / "adapter").iterdir()}
-    assert files == {"adapter_model.safetensors", "adapter_config.json", "head.safetensors", "adapter.json"}
-    # The path of this machine's base model is nobody else's business.
-    assert str(bert_folder) not in (tmp_path / "adapter" / "adapter_config.json").read_text()
+        return model(**model.tokenize(texts)).numpy()
 
 
 # Each family once; every adapter, pooling, kind of preprocessing and several slices at least once.
@@ -82,33 +114,12 @@ IMAGE_CASES = {
     "convnext": ("lora", ["task.image_size=48"]),
     "convnextv2": ("full", ["model.pooling=mean"]),
 }
-# One process for all of them: to import transformers takes its time.
-IMAGE_READER = (
-    READER.partition("base, folder")[0]
-    + """
-import torch
-found = {}
-for family in sys.argv[1:]:
-    card = open(f"{family}/MODEL_CARD.md").read()
-    exec(re.search(r"```python\\n(.*?)```", card, re.S)[1])
-    found[family] = scores(f"{family}/base", f"{family}/adapter", torch.load(f"{family}/images.pt")).tolist()
-print(json.dumps(found))
-"""
-)
 
 
 def test_the_snippet_for_images_states_the_preprocessing_and_reproduces_the_scores(tmp_path: Path) -> None:
     """As above: from grey squares of 0 to 1 to the scores, in a process that cannot import fedmed."""
     expected = {family: _exported_image_model(tmp_path / family, family) for family in IMAGE_CASES}
-    out = subprocess.run(
-        [sys.executable, "-c", IMAGE_READER, *IMAGE_CASES],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-    )
-    assert out.returncode == 0, out.stderr
-    found = json.loads(out.stdout)
+    found = read_by_others({family: f"{family}/base" for family in IMAGE_CASES}, tmp_path)
     assert found.keys() == expected.keys() == encoders.FAMILIES.keys()
     for family, scores in expected.items():
         assert np.abs(np.array(found[family]) - scores).max() < 1e-5, family
@@ -127,7 +138,7 @@ def _exported_image_model(folder: Path, family: str) -> np.ndarray:
     write_card(_summary(config.task.declared_sizes, config), config, folder / "MODEL_CARD.md")
     shape = (4, config.task.slices, config.task.image_size, config.task.image_size)
     images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    torch.save(images, folder / "images.pt")
+    torch.save(images, folder / "inputs.pt")
     card = (folder / "MODEL_CARD.md").read_text()
     assert f"and transformers {version('transformers')}" in card
     assert "padded with black to a square, with values from 0 (black) to 1" in card

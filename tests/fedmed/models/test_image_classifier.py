@@ -283,6 +283,7 @@ RUNS = [
 
 
 @pytest.mark.parametrize(("family", "more", "warning"), RUNS, ids=[family for family, *_ in RUNS])
+@pytest.mark.usefixtures("no_report")
 def test_a_federated_run_end_to_end(
     family: str, more: list[str], warning: str, folders: dict[str, Path], data: Path, tmp_path: Path
 ) -> None:

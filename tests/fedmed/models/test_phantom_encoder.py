@@ -62,7 +62,7 @@ def test_plain_transformers_loads_it_with_every_weight_and_no_statistic_of_a_bat
 
 
 def test_a_site_s_features_are_those_of_plain_transformers(tmp_path: Path) -> None:
-    hospital(tmp_path / "a", patients=12)
+    hospital(tmp_path / "a", patients=40, most=2)
     config = compose(settings(tmp_path, "model=phantom", "adapter=head", "task.image_size=64"))
     data = read_site(config.task, "a", seed=0)
     found = build(config.task, config.model, config.adapter).prepare(data)["features"]
@@ -73,6 +73,7 @@ def test_a_site_s_features_are_those_of_plain_transformers(tmp_path: Path) -> No
     torch.testing.assert_close(found, nn.functional.normalize(plain), atol=1e-5, rtol=0)
 
 
+@pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("adapter", ["head", "lora"])
 def test_a_private_run_starts_from_it(tmp_path: Path, adapter: str) -> None:
     for seed, site in enumerate("ab"):

@@ -1,0 +1,56 @@
+"""What dp-accounting works out about one step is kept for all processes of `make test`.
+
+The same few steps are asked for again and again, by the code and by the oracles, at up to a second each. Both
+functions depend on their arguments alone. `make test-full` works everything out anew.
+"""
+
+import functools
+import hashlib
+import inspect
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.evidence import FULL
+
+# The folder, for the processes that a test starts too.
+FOLDER = "FEDMED_TEST_KEPT"
+
+
+def keep() -> None:
+    """From now on this process, and its forks, look in the folder first."""
+    if FULL or FOLDER not in os.environ:
+        return
+    from dp_accounting.pld import privacy_loss_distribution
+    from dp_accounting.rdp import rdp_privacy_accountant
+
+    for module, name in (
+        (privacy_loss_distribution, "from_gaussian_mechanism"),
+        (rdp_privacy_accountant, "_compute_rdp_poisson_subsampled_gaussian"),
+    ):
+        function = getattr(module, name)
+        if not hasattr(function, "__wrapped__"):
+            setattr(module, name, kept(function, Path(os.environ[FOLDER])))
+
+
+def kept(function: Callable[..., Any], folder: Path) -> Callable[..., Any]:
+    """The same function, with its results in files: whoever asks gets an object of its own."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def asked(*arguments: Any, **options: Any) -> Any:
+        bound = signature.bind(*arguments, **options)
+        bound.apply_defaults()
+        asked_for = pickle.dumps((function.__name__, bound.arguments))
+        path = folder / hashlib.sha256(asked_for).hexdigest()
+        if path.exists():
+            return pickle.loads(path.read_bytes())
+        made = function(*arguments, **options)
+        draft = path.with_name(f"{path.name}.{os.getpid()}")
+        draft.write_bytes(pickle.dumps(made))
+        os.replace(draft, path)
+        return made
+
+    return asked
