@@ -1,9 +1,10 @@
 """What is learned: labels, columns, the privacy unit, the public sizes of the sites."""
 
 from dataclasses import dataclass, field
+from string import Formatter
 from typing import Any, ClassVar
 
-from fedmed.errors import ConfigError, require
+from fedmed.errors import require
 from fedmed.schema import check_finite, from_dict
 
 
@@ -53,12 +54,12 @@ class ColumnConfig:
                 self.categories,
                 "at least one category, none twice",
             )
-        try:
-            self.phrase.format(value="", word="")
-        except (KeyError, IndexError, ValueError):
-            raise ConfigError(
-                f"task.columns.*.phrase={self.phrase}: expected only {{value}} and {{word}} in braces"
-            ) from None
+        require(
+            _only_values(self.phrase),
+            "task.columns.*.phrase",
+            self.phrase,
+            "only {value} and {word} in braces",
+        )
         if self.cutoff_words:
             require(
                 len(self.cutoff_words) == len(self.cutoffs) + 1
@@ -67,6 +68,18 @@ class ColumnConfig:
                 self.cutoff_words,
                 "one word more than the ascending cutoffs",
             )
+
+
+def _only_values(phrase: str) -> bool:
+    """Whether a phrase is filled in with plain values: a width or an attribute could ask a site for gigabytes."""
+    try:
+        fields = list(Formatter().parse(phrase))
+    except ValueError:
+        return False
+    return all(
+        name in (None, "value", "word") and not spec and not conversion
+        for _, name, spec, conversion in fields
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -129,6 +129,8 @@ def test_a_model_is_carried_to_a_machine_without_internet(tmp_path: Path, machin
     assert exported.err.endswith(f"next, there: fedmed models import model.tar --sha256 {hub.digest()}\n")
     other = Machine(tmp_path / "there", hub)
     asked = len(hub.asked)
+    unset = other("models", "import", "../model.tar", "--sha256", "")
+    assert (unset.code, unset.err) == (2, "error: --sha256='': expected 64 hexadecimal digits\n")
     wrong = other("models", "import", "../model.tar", "--sha256", "0" * 64)
     assert (wrong.code, f"expected {'0' * 64}" in wrong.err) == (2, True)
     imported = other("models", "import", "../model.tar", "--sha256", hub.digest(), HF_HUB_OFFLINE="1")

@@ -149,8 +149,8 @@ def export(
 def import_(
     file: File,
     sha256: Annotated[
-        str, typer.Option(metavar="DIGEST", help="What the tar's model.safetensors must have.")
-    ] = "",
+        str | None, typer.Option(metavar="DIGEST", help="What the tar's model.safetensors must have.")
+    ] = None,
     name: Annotated[str, typer.Option(metavar="NAME", help="Of a folder: its name here.")] = "",
     replace: Replace = False,
 ) -> None:
@@ -159,17 +159,22 @@ def import_(
     from fedmed.models.archive import import_ as import_model
     from fedmed.models.registry import entries, entry
     from fedmed.models.take_in import take_in
+    from fedmed.pretrained import DIGEST
 
     folder = file.is_dir()
     expected = "a name for the model in a folder" if folder else "none: a tar says itself what it holds"
     require(bool(name) == folder, "--name", name or "''", expected)
+    # A shell variable that is not set would check nothing.
+    require(
+        sha256 is None or bool(DIGEST.fullmatch(sha256)), "--sha256", sha256 or "''", "64 hexadecimal digits"
+    )
     # What fedmed's own file of a model pins holds, whatever a tar says.
     pinned = {found.hub: found.sha256 for found in entries().values() if found.hub and found.sha256}
     with bar("importing") as progress:
         if name:
             pin = take_in(file, name, replace=replace, progress=progress)
         else:
-            pin = import_model(file, sha256=sha256, pinned=pinned, replace=replace, progress=progress)
+            pin = import_model(file, sha256=sha256 or "", pinned=pinned, replace=replace, progress=progress)
     typer.echo(f"{pin.hub} at {pin.revision}")
     _say(pin, "imported")
     _say_next(pin, entry(pin.hub))

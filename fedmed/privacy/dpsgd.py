@@ -115,8 +115,8 @@ def private_step(
 
     Args:
         chunks: per-record losses (records,) and the patient of each record, numbered from 0; every patient lies in
-            one chunk. They are consumed one at a time: the sum of the clipped gradients does not depend on how the
-            batch was split, to the last bit.
+            one chunk. They are consumed one at a time. The sum of given gradients does not depend on how the batch
+            was split, to the last bit; a gradient may, in its last bits, on what went through the network with it.
     """
     for losses, patient_of_record in chunks:
         for gradients, layout in model.combine(losses, patient_of_record):

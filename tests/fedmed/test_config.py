@@ -230,7 +230,10 @@ RANGES: list[tuple[type, str, list[Any], list[Any]]] = [
     (ColumnConfig, "low", [0.5, -3], [None, 1.0, 2.0]),
     (ColumnConfig, "high", [0.5], [None, 0.0, -1.0]),
     (ColumnConfig, "decimals", [0, 10], [-1, 11]),
-    (ColumnConfig, "phrase", ["{value} and {word}", "{{x}}"], ["{x}", "{", "{0}"]),
+    (
+        ColumnConfig, "phrase", ["{value} and {word}", "{{x}}"],
+        ["{x}", "{", "{0}", "{value:9999999999}", "{value.__class__}", "{value!r}", "{value:{word}}"],
+    ),
     (ColumnConfig, "cutoff_words", [[]], [["a", "b"]]),
 ]  # fmt: skip
 
