@@ -214,6 +214,9 @@ class TrainingConfig:
     # Records in memory at once; larger batches are split without changing the result. null: at most 256,
     # whose activations were seen to take at most 1 GB together.
     physical_batch_size: int | None = None
+    # What layers compute in while training: fp32, or bf16 where PyTorch's autocast would (half the time for a
+    # transformer). Weights, gradients of patients, clipping, noise, the head and scores are fp32 or better.
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         check_finite(self, "training")
@@ -230,6 +233,7 @@ class TrainingConfig:
         require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, ">= 0")
         size = self.physical_batch_size
         require(size is None or size >= 1, "training.physical_batch_size", size, ">= 1")
+        require(self.precision in ("fp32", "bf16"), "training.precision", self.precision, "fp32 or bf16")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -142,12 +142,13 @@ class _Room:
 
     def __init__(self, training: TrainingConfig) -> None:
         self._measured = training.physical_batch_size is not None
+        self._bf16 = training.precision == "bf16"
         self.limit = training.physical_batch_size or FIRST_PIECE
 
     def losses(self, model: Callable[..., Tensor], data: LocalData, rows: Tensor) -> Tensor:
         """As `_losses`; of the first piece what is kept for the backward pass is added up."""
         if self._measured:
-            return _losses(model, data, rows)
+            return _losses(model, data, rows, bf16=self._bf16)
         kept: dict[int, int] = {}
 
         def keep(value: Tensor) -> Tensor:
@@ -158,7 +159,7 @@ class _Room:
             return value
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-            found = _losses(model, data, rows)
+            found = _losses(model, data, rows, bf16=self._bf16)
         # Twice: what the layers wrote has a gradient each.
         record = max(1, 2 * sum(kept.values()) // len(rows))
         self.limit = max(1, min(LARGEST_PIECE, PIECE_BYTES // record))
@@ -245,9 +246,10 @@ def _chunk(rows: list[NDArray[np.int64]]) -> tuple[Tensor, Tensor, int]:
     return torch.from_numpy(np.concatenate(rows)), torch.from_numpy(patient), len(rows)
 
 
-def _losses(model: Callable[..., Tensor], data: LocalData, rows: Tensor) -> Tensor:
+def _losses(model: Callable[..., Tensor], data: LocalData, rows: Tensor, *, bf16: bool) -> Tensor:
     """(records,) binary cross-entropy: a sum over patients, so that each has a gradient of its own."""
-    logits = model(**select(data.batch, rows))
+    with torch.autocast(data.labels.device.type, dtype=torch.bfloat16, enabled=bf16):
+        logits = model(**select(data.batch, rows))
     return functional.binary_cross_entropy_with_logits(logits, data.labels[rows], reduction="none")
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import itertools
 import math
 import os
 import runpy
@@ -79,9 +80,8 @@ def test_the_gpu_script_goes_the_same_way_on_a_cpu(tmp_path: Path, monkeypatch: 
     runpy.run_path(str(SPEED / "gpu.py"), run_name="__main__")
     with (tmp_path / "gpu.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [(row["adapter"], row["side"]) for row in rows] == [
-        (adapter, side) for adapter in ("head", "lora", "full") for side in ("plain", "private")
-    ]
+    told = [(row["adapter"], row["precision"], row["side"]) for row in rows]
+    assert told == list(itertools.product(("head", "lora", "full"), ("fp32", "bf16"), ("plain", "private")))
     assert all(float(row["images_per_second"]) > 0 and float(row["peak_mb"]) > 0 for row in rows)
 
 

@@ -2,12 +2,13 @@
 
     python experiments/speed/gpu.py [--device cuda] [--batch 64] [--layers 24 --width 1024]
 
-224 pixels, patches of 16, float32. Writes gpu.csv beside itself. On a CPU, `--device cpu --layers 2 --width 64` goes
-the same way; the peak memory is then the process's own high-water mark.
+224 pixels, patches of 16, in fp32 and in bf16. Writes gpu.csv beside itself. On a CPU, `--device cpu --layers 2
+--width 64` goes the same way; the peak memory is then the process's own high-water mark.
 """
 
 import argparse
 import csv
+import itertools
 import resource
 import time
 from collections.abc import Callable
@@ -17,14 +18,15 @@ import torch
 from networks import Setting
 from step import Sides
 
-COLUMNS = ("adapter", "side", "batch", "images_per_second", "peak_mb")
+COLUMNS = ("adapter", "precision", "side", "batch", "images_per_second", "peak_mb")
 
 
-def setting(adapter: str, asked: argparse.Namespace) -> Setting:
+def setting(adapter: str, asked: argparse.Namespace, *, bf16: bool) -> Setting:
     """From pixels: nothing is stored."""
     return Setting(
-        adapter, "vit", asked.batch, size=asked.size, width=asked.width, layers=asked.layers, adapter=adapter
-    )
+        adapter, "vit", asked.batch, size=asked.size, width=asked.width, layers=asked.layers, adapter=adapter,
+        bf16=bf16,
+    )  # fmt: skip
 
 
 def seconds(action: Callable[[], None], steps: int, device: torch.device) -> float:
@@ -64,15 +66,18 @@ def main() -> None:
     asked = parser.parse_args()
     device = torch.device(asked.device)
     rows = []
-    for adapter in ("head", "lora", "full"):
-        sides = Sides(setting(adapter, asked), device)
+    for adapter, precision in itertools.product(("head", "lora", "full"), ("fp32", "bf16")):
+        sides = Sides(setting(adapter, asked, bf16=precision == "bf16"), device)
         for side in ("plain", "private"):
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             rate = asked.batch / seconds(getattr(sides, side), asked.steps, device)
-            values = (adapter, side, asked.batch, f"{rate:.1f}", f"{peak(device):.0f}")
+            values = (adapter, precision, side, asked.batch, f"{rate:.1f}", f"{peak(device):.0f}")
             rows.append(dict(zip(COLUMNS, values, strict=True)))
-            print(f"{adapter:<6} {side:<8} {rate:>9.1f} images/s {peak(device):>8.0f} MB", flush=True)
+            print(
+                f"{adapter:<6} {precision} {side:<8} {rate:>9.1f} images/s {peak(device):>8.0f} MB",
+                flush=True,
+            )
         del sides
     with open(asked.results, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)

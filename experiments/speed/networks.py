@@ -25,6 +25,7 @@ class Setting:
         adapter: lora, full or head.
         size: pixels a side.
         width, layers: of a ViT.
+        bf16: whether the layers compute in bf16, as `training.precision=bf16` has it.
         target: how many times the step without privacy it may take, where that was promised.
     """
 
@@ -36,6 +37,7 @@ class Setting:
     width: int = 192
     layers: int = 12
     adapter: str = "full"
+    bf16: bool = False
     target: float | None = None
 
     @property

@@ -43,6 +43,9 @@ SETTINGS = [
     Setting("LoRA, last 2 of 12 blocks, ViT-B, 224 px", "suffix", 16, width=768, adapter="lora", target=1.05),
     Setting("full, ViT-Tiny, 224 px", "vit", 32, target=1.35),
     Setting("full, ViT-Tiny, 112 px", "vit", 32, size=112),
+    Setting("bf16: cnn, 64 px", "cnn", 64, size=64, bf16=True),
+    Setting("bf16: LoRA, last 2 of 12 blocks, ViT-S, 224 px", "suffix", 16, width=384, adapter="lora", bf16=True),
+    Setting("bf16: full, ViT-Tiny, 224 px", "vit", 32, bf16=True),
     Setting("head, 768 features", "head", 64, adapter="head"),
     Setting("mlp, 20 features, 64 hidden", "mlp", 64),
 ]  # fmt: skip
@@ -54,6 +57,7 @@ class Sides:
     def __init__(self, setting: Setting, device: torch.device | str = "cpu") -> None:
         values, labels, self.patients = records(setting)
         self.values, self.labels = values.to(device), labels.to(device)
+        self.bf16 = setting.bf16
         self.models = {side: network(setting).to(device) for side in ("plain", "private")}
         optimizers = {
             side: SGD((p for p in model.parameters() if p.requires_grad), lr=1e-3)
@@ -67,9 +71,9 @@ class Sides:
         self.wrapped = PatientGradients(self.models["private"])
 
     def losses(self, model: Callable[..., Tensor]) -> Tensor:
-        return functional.binary_cross_entropy_with_logits(
-            model(values=self.values), self.labels, reduction="none"
-        )
+        with torch.autocast(self.values.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            logits = model(values=self.values)
+        return functional.binary_cross_entropy_with_logits(logits, self.labels, reduction="none")
 
     def plain(self) -> None:
         self.losses(self.models["plain"]).mean().backward()

@@ -21,7 +21,9 @@ class RowLinear(nn.Linear):
         """(records, out) of (records, in)."""
         if len(input) == 0:
             return super().forward(input)
-        return _Rows.apply(input, self.weight, self.bias)
+        # Never in bf16, whatever the layers before it compute in.
+        with torch.autocast(input.device.type, enabled=False):
+            return _Rows.apply(input.to(self.weight.dtype), self.weight, self.bias)
 
 
 class _Rows(torch.autograd.Function):

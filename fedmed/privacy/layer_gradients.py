@@ -156,10 +156,15 @@ def has_rule(kind: type[nn.Module]) -> bool:
 
 
 def layer_gradients(layer: nn.Module, inputs: list[Tensor], backprops: Tensor) -> dict[Tensor, Gradient]:
-    """By the rule for the layer's type, else from each record's gradient."""
+    """By the rule for the layer's type, else from each record's gradient; in float32 or better."""
+    inputs, backprops = [_wide(value) for value in inputs], _wide(backprops)
     if type(layer) in RULES:
         return RULES[type(layer)](layer, inputs[0], backprops)
     return _by_record(layer, inputs, backprops)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 
 
 def _sampler(kind: type[nn.Module]) -> Sampler | None:

@@ -149,7 +149,7 @@ OTHERS: dict[type, tuple[str, list[str], dict[str, tuple[str, Any]]]] = {
     TrainingConfig: ("training.", [], {
         "steps_per_round": ("2", 2), "sample_rate": ("0.5", 0.5), "optimizer": ("adam", "adam"),
         "learning_rate": ("0.5", 0.5), "momentum": ("0.5", 0.5), "weight_decay": ("0.5", 0.5),
-        "physical_batch_size": ("16", 16),
+        "physical_batch_size": ("16", 16), "precision": ("bf16", "bf16"),
     }),
     ColumnConfig: ("task.columns.age.", [], {
         "low": ("-1", -1.0), "high": ("200", 200.0), "missing": ("['0']", ["0"]), "phrase": ("age", "age"),

@@ -226,6 +226,7 @@ RANGES: list[tuple[type, str, list[Any], list[Any]]] = [
     (TrainingConfig, "momentum", [0.0, 0.99], [1.0, -0.1]),
     (TrainingConfig, "weight_decay", [0.0], [-0.1]),
     (TrainingConfig, "physical_batch_size", [1], [0]),
+    (TrainingConfig, "precision", ["bf16"], ["fp16", "BF16", ""]),
     (ColumnConfig, "kind", [], ["text"]),
     (ColumnConfig, "low", [0.5, -3], [None, 1.0, 2.0]),
     (ColumnConfig, "high", [0.5], [None, 0.0, -1.0]),

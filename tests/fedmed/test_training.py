@@ -389,6 +389,26 @@ def test_the_same_process_can_play_many_sites() -> None:
     assert same(alone.delta, update(run, seeded(5)).delta)
 
 
+def test_bf16_is_where_the_layers_compute_and_nowhere_else(hf_overrides: list[str]) -> None:
+    updates = {}
+    for precision in ("fp32", "bf16"):
+        adapter = ["adapter=lora", "adapter.rank=4", "adapter.last_blocks=2", "task=heart"]
+        config, model, data, plan = setting(*hf_overrides, *adapter, f"training.precision={precision}")
+        seen: set[torch.dtype] = set()
+        handle = model.head.register_forward_hook(lambda _layer, _read, out, s=seen: s.add(out.dtype))
+        arrays = model.initialise(0)
+        draws = np.random.default_rng(0)
+        arrays = {name: a + draws.normal(0, 0.1, a.shape).astype(np.float32) for name, a in arrays.items()}
+        updates[precision] = train(
+            model, data, arrays, plan=plan, training=config.training, source=seeded(3)
+        ).delta
+        handle.remove()
+        assert seen == {torch.float32}
+        assert all(delta.dtype == np.float32 for delta in updates[precision].values())
+    whole, narrow = (np.concatenate([a.ravel() for a in updates[p].values()]) for p in ("fp32", "bf16"))
+    assert 0 < np.linalg.norm(narrow - whole) < 0.05 * np.linalg.norm(whole)
+
+
 def test_splitting_into_physical_batches_changes_nothing() -> None:
     small, large = (
         update(setting(f"training.physical_batch_size={size}", "privacy.noise_multiplier=0.5"), seeded(6))

@@ -189,6 +189,27 @@ def test_unclipped_gradients_equal_one_patient_at_a_time() -> None:
         assert torch.allclose(got[name] * 6.0, values, atol=1e-4), name
 
 
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+@pytest.mark.parametrize("family", ["bert", "vit", "convnext"])
+def test_layers_in_bf16_give_nearly_the_same_clipped_sum(family: str, adapter: str) -> None:
+    """Clipping and sum are in float32 all the same: with one huge clip each patient's gradient is what is compared."""
+    for clip in (CLIP, 1e3):
+        model, inputs = network(family, ADAPTERS[adapter])
+        expected = torch.cat([g.flatten() for g in slow_clipped_sum(model, inputs, clip).values()])
+
+        def narrow(wrapped: nn.Module, inputs: dict[str, Tensor] = inputs) -> Iterator[tuple[Tensor, Tensor]]:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                logits = wrapped(**inputs)
+            yield (
+                functional.binary_cross_entropy_with_logits(logits.float(), LABELS, reduction="none"),
+                PATIENTS,
+            )
+
+        found = torch.cat([g.flatten() for g in step(model, narrow, clip=clip).values()]) * 6.0
+        assert found.dtype == torch.float32
+        assert 0 < (found - expected).norm() < 0.05 * expected.norm()
+
+
 def test_the_oracle_catches_record_level_clipping() -> None:
     """The deliberately broken variant: every record its own patient."""
     model, inputs = network("bert", ADAPTERS["lora"])
