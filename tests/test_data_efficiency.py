@@ -1,47 +1,27 @@
 """The curve of AUC against labelled patients: its points, its bands, its rows, and one small part of it run."""
 
-import csv
-import importlib
 import statistics
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
+from experiments.data_efficiency import hospitals, results, run
+from experiments.shared.pages import BEGIN, END
+from experiments.shared.rows import Row, read_rows
 from fedmed.compose import compose
 from fedmed.dicom.store import ImageStore
 from tests.stores import hospital
 
-CURVE = Path(__file__).resolve().parents[1] / "experiments" / "data_efficiency"
-MODULES = ("results", "hospitals", "figure", "run")
 
-
-@pytest.fixture(scope="module")
-def curve() -> dict[str, ModuleType]:
-    """The experiment's modules, which import each other by their plain names."""
-    before = {name: sys.modules.pop(name, None) for name in MODULES}
-    sys.path.insert(0, str(CURVE))
-    try:
-        found = {name: importlib.import_module(name) for name in MODULES}
-    finally:
-        sys.path.remove(str(CURVE))
-        for name, module in before.items():
-            sys.modules.pop(name, None)
-            if module is not None:
-                sys.modules[name] = module
-    return found
-
-
-def row(results: ModuleType, **values: Any) -> dict[str, str]:
+def row(**values: Any) -> Row:
     base = dict.fromkeys(results.COLUMNS, "0") | {"data": "phantoms", "method": "head", "epsilon": "off"}
     return base | {name: str(value) for name, value in values.items()}
 
 
-def test_every_point_composes_with_its_patients_as_declared_sizes(curve: dict[str, ModuleType]) -> None:
-    results, run = curve["results"], curve["run"]
+def test_every_point_composes_with_its_patients_as_declared_sizes() -> None:
     points = results.points("phantoms", seeds=range(1))
     assert len(points) == len(results.SIZES) * len(results.METHODS) * len(results.EPSILONS)
     kinds = {}
@@ -60,23 +40,23 @@ def test_every_point_composes_with_its_patients_as_declared_sizes(curve: dict[st
     }
 
 
-def test_a_band_is_student_s_interval(curve: dict[str, ModuleType]) -> None:
+def test_a_band_is_student_s_interval() -> None:
     values = [0.7, 0.8, 0.9]
-    mean, low, high = curve["results"].band(values)
+    mean, low, high = results.band(values)
     # Of 2 degrees of freedom, from a table.
     half = 4.303 * statistics.stdev(values) / 3**0.5
     assert (mean, low, high) == pytest.approx((0.8, 0.8 - half, min(1, 0.8 + half)), abs=1e-3)
-    assert curve["results"].band([0.6]) == (0.6, 0.6, 0.6)
+    assert results.band([0.6]) == (0.6, 0.6, 0.6)
 
 
-def test_fewer_patients_are_a_part_of_more(curve: dict[str, ModuleType], tmp_path: Path) -> None:
-    names = curve["hospitals"].NAMES
+def test_fewer_patients_are_a_part_of_more(tmp_path: Path) -> None:
+    names = hospitals.NAMES
     for seed, name in enumerate(names):
         hospital(tmp_path / "all" / name, patients=12, most=2, name=name, seed=seed)
     whole = {name: ImageStore.open(tmp_path / "all" / name) for name in names}
     chosen: dict[tuple[int, str], set[str]] = {}
     for patients in (4, 7):
-        folder = curve["hospitals"].cut(tmp_path / "all", tmp_path / str(patients), patients=patients)
+        folder = hospitals.cut(tmp_path / "all", tmp_path / str(patients), patients=patients)
         for name in names:
             store = ImageStore.open(folder / name, verify=True)
             chosen[patients, name] = set(store.records["patient"])
@@ -89,17 +69,15 @@ def test_fewer_patients_are_a_part_of_more(curve: dict[str, ModuleType], tmp_pat
                 assert store.records["label"].iloc[new] == everything["label"].iloc[old]
     assert all(chosen[4, name] < chosen[7, name] for name in names)
     with pytest.raises(ValueError, match="has 12 patients; expected at least 13"):
-        curve["hospitals"].cut(tmp_path / "all", tmp_path / "more", patients=13)
+        hospitals.cut(tmp_path / "all", tmp_path / "more", patients=13)
 
 
-def test_a_point_is_run_and_scored_on_the_common_test_set(
-    curve: dict[str, ModuleType], tmp_path: Path
-) -> None:
-    run, results, names = curve["run"], curve["results"], curve["hospitals"].NAMES
+def test_a_point_is_run_and_scored_on_the_common_test_set(tmp_path: Path) -> None:
+    names = hospitals.NAMES
     for part in ("train", "test"):
         for seed, name in enumerate(names):
             hospital(tmp_path / part / name, patients=20, most=1, name=f"{part}-{name}", seed=seed)
-    cut = curve["hospitals"].cut(tmp_path / "train", tmp_path / "few", patients=6)
+    cut = hospitals.cut(tmp_path / "train", tmp_path / "few", patients=6)
     tests = run.Tests(tmp_path / "test")
     for epsilon in results.EPSILONS:
         found = run.measure(results.Point("phantoms", "head", epsilon, 10, 0), cut, tests, "commit")
@@ -111,17 +89,14 @@ def test_a_point_is_run_and_scored_on_the_common_test_set(
     assert [len(part.labels) for part in tests._parts["head"]] == [20, 20]
 
 
-def test_the_script_goes_on_where_it_stopped(
-    curve: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, results = curve["run"], curve["results"]
+def test_the_script_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[Any] = []
 
     def measure(point: Any, *_: Any) -> dict[str, str]:
         if len(done) == 3:
             raise KeyboardInterrupt
         done.append(point)
-        return row(results, **dict(zip(results.COLUMNS, point.key, strict=False)), auc=0.75)
+        return row(**dict(zip(results.COLUMNS, point.key, strict=False)), auc=0.75)
 
     for name in ("pool", "cut"):
         monkeypatch.setattr(run, name, lambda *_, **__: tmp_path)
@@ -132,22 +107,18 @@ def test_the_script_goes_on_where_it_stopped(
     first, done[:] = done[:], []
     assert run.main() == 130
     assert len({point.key for point in first + done}) == 6
-    assert len(results.read_rows(tmp_path / "out" / "results.csv")) == 6
+    assert len(read_rows(tmp_path / "out" / "results.csv")) == 6
     assert (tmp_path / "out" / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[dict[str, str]]:
-    with (CURVE / "results.csv").open(newline="") as file:
-        read = list(csv.DictReader(file))
+def rows() -> list[Row]:
+    read = read_rows(results.FOLDER / "results.csv")
     assert read
     return read
 
 
-def test_rows_are_unique_and_cost_what_they_say(
-    curve: dict[str, ModuleType], rows: list[dict[str, str]]
-) -> None:
-    results = curve["results"]
+def test_rows_are_unique_and_cost_what_they_say(rows: list[Row]) -> None:
     assert tuple(rows[0]) == results.COLUMNS
     keys = [results.key(one) for one in rows]
     assert len(set(keys)) == len(keys)
@@ -167,9 +138,9 @@ def test_rows_are_unique_and_cost_what_they_say(
             assert min(map(len, points.values())) >= 3
 
 
-def test_readme_shows_the_rows(curve: dict[str, ModuleType], rows: list[dict[str, str]]) -> None:
-    results, text = curve["results"], (CURVE / "README.md").read_text()
-    shown = text.partition(results.BEGIN)[2].partition(results.END)[0].strip()
+def test_readme_shows_the_rows(rows: list[Row]) -> None:
+    text = (results.FOLDER / "README.md").read_text()
+    shown = text.partition(BEGIN)[2].partition(END)[0].strip()
     assert shown == results.table(rows)
     auc = [
         float(one["auc"])

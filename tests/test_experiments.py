@@ -1,40 +1,27 @@
 """The benchmark's files agree with each other, and its targets hold in the rows that were measured."""
 
-import csv
-import importlib.util
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from experiments.heart import figure, results
+from experiments.shared.commands import fill
+from experiments.shared.pages import BEGIN, END
+from experiments.shared.rows import Row, read_rows, write_rows
 from fedmed.compose import compose
 
 ROOT = Path(__file__).resolve().parents[1]
-HEART = ROOT / "experiments" / "heart"
 
 
 @pytest.fixture(scope="module")
-def results() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("heart_results", HEART / "results.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def rows() -> list[dict[str, str]]:
-    with (HEART / "results.csv").open(newline="") as file:
-        read = list(csv.DictReader(file))
+def rows() -> list[Row]:
+    read = read_rows(results.FOLDER / "results.csv")
     assert read
     return read
 
 
-def mean_over_seeds(rows: list[dict[str, str]], setting: str, column: str) -> float:
+def mean_over_seeds(rows: list[Row], setting: str, column: str) -> float:
     by_seed: dict[str, list[float]] = {}
     for row in rows:
         if row["setting"] == setting:
@@ -55,7 +42,7 @@ def test_experiment_composes(name: str) -> None:
     assert compose([f"experiment={name}"]).rounds >= 1
 
 
-def test_settings_compose_with_the_privacy_of_their_names(results: ModuleType) -> None:
+def test_settings_compose_with_the_privacy_of_their_names() -> None:
     for setting in results.SETTINGS:
         privacy = compose(setting.overrides.split()).privacy
         if setting.name.endswith("-off"):
@@ -65,7 +52,7 @@ def test_settings_compose_with_the_privacy_of_their_names(results: ModuleType) -
             assert privacy.epsilon == float(setting.name.rpartition("eps")[2])
 
 
-def test_rows_parse_and_are_unique(results: ModuleType, rows: list[dict[str, str]]) -> None:
+def test_rows_parse_and_are_unique(rows: list[Row]) -> None:
     assert tuple(rows[0]) == results.COLUMNS
     assert {row["setting"] for row in rows} <= {setting.name for setting in results.SETTINGS}
     keys = [(row["setting"], row["seed"], row["draw"]) for row in rows]
@@ -81,7 +68,7 @@ def test_rows_parse_and_are_unique(results: ModuleType, rows: list[dict[str, str
             assert 0 < float(row["epsilon_spent"]) <= float(row["epsilon_target"])
 
 
-def test_every_setting_has_seeds_and_draws(results: ModuleType, rows: list[dict[str, str]]) -> None:
+def test_every_setting_has_seeds_and_draws(rows: list[Row]) -> None:
     for setting in results.SETTINGS:
         assert results.missing(setting, rows, results.SEEDS, range(setting.draws)) == [], setting.name
 
@@ -96,18 +83,16 @@ def test_every_setting_has_seeds_and_draws(results: ModuleType, rows: list[dict[
         ("logistic10-off", "mean_hospital_accuracy", 0.80),
     ],
 )
-def test_target(
-    rows: list[dict[str, str]], results: ModuleType, setting: str, column: str, target: float
-) -> None:
+def test_target(rows: list[Row], setting: str, column: str, target: float) -> None:
     assert mean_over_seeds(rows, setting, column) >= target
     # The table is held to the same number.
     declared = next(one for one in results.SETTINGS if one.name == setting)
     assert (declared.metric, declared.target) == (column, target)
 
 
-def test_readme_shows_the_rows(results: ModuleType, rows: list[dict[str, str]]) -> None:
-    text = (HEART / "README.md").read_text()
-    shown = text.partition(results.BEGIN)[2].partition(results.END)[0].strip().splitlines()[2:]
+def test_readme_shows_the_rows(rows: list[Row]) -> None:
+    text = (results.FOLDER / "README.md").read_text()
+    shown = text.partition(BEGIN)[2].partition(END)[0].strip().splitlines()[2:]
     assert len(shown) == len(results.SETTINGS)
     for line, setting in zip(shown, results.SETTINGS, strict=True):
         cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -116,21 +101,21 @@ def test_readme_shows_the_rows(results: ModuleType, rows: list[dict[str, str]]) 
         assert float(cells[2]) == pytest.approx(mean_over_seeds(rows, setting.name, "pooled_auc"), abs=6e-4)
         accuracy = mean_over_seeds(rows, setting.name, "mean_hospital_accuracy")
         assert float(cells[5]) == pytest.approx(accuracy, abs=6e-4)
-    assert text.partition(results.BEGIN)[2].partition(results.END)[0].strip() == results.table(rows)
+    assert text.partition(BEGIN)[2].partition(END)[0].strip() == results.table(rows)
 
 
 def test_figure_is_there() -> None:
-    assert (HEART / "figure.png").read_bytes().startswith(b"\x89PNG")
-    assert re.search(r"<svg\b", (HEART / "figure.svg").read_text())
+    assert (results.FOLDER / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert re.search(r"<svg\b", (results.FOLDER / "figure.svg").read_text())
 
 
-def test_missing_rows_are_those_not_there(results: ModuleType) -> None:
+def test_missing_rows_are_those_not_there() -> None:
     setting = results.Setting(name="x", label="x", overrides="", draws=2)
     have = [{"setting": "x", "seed": "0", "draw": "0"}, {"setting": "y", "seed": "1", "draw": "0"}]
     assert results.missing(setting, have, range(2), range(2)) == [(0, [1]), (1, [0, 1])]
 
 
-def test_spread_separates_seeds_from_draws(results: ModuleType) -> None:
+def test_spread_separates_seeds_from_draws() -> None:
     values = {("0", "0"): 0.8, ("0", "1"): 0.6, ("1", "0"): 0.9, ("1", "1"): 0.9}
     rows = [{"seed": seed, "draw": draw, "v": str(v)} for (seed, draw), v in values.items()]
     mean, between, within = results.spread(rows, "v")
@@ -140,7 +125,36 @@ def test_spread_separates_seeds_from_draws(results: ModuleType) -> None:
     assert results.spread(rows[::2], "v")[2] is None
 
 
-def test_rows_survive_writing(results: ModuleType, rows: list[dict[str, str]], tmp_path: Path) -> None:
-    results.write_rows(tmp_path / "results.csv", reversed(rows))
-    assert (tmp_path / "results.csv").read_text() == (HEART / "results.csv").read_text()
+def test_rows_survive_writing(rows: list[Row], tmp_path: Path) -> None:
+    write_rows(tmp_path / "results.csv", reversed(rows), results.COLUMNS, results.order)
+    assert (tmp_path / "results.csv").read_text() == (results.FOLDER / "results.csv").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
+
+
+def test_pages_are_those_of_the_rows(rows: list[Row], tmp_path: Path) -> None:
+    """However the runs end; in README.md nothing but the table changes."""
+    text = (results.FOLDER / "README.md").read_text()
+    before, _, rest = text.partition(BEGIN)
+    (tmp_path / "README.md").write_text(f"{before}{BEGIN}\nold\n{END}{rest.partition(END)[2]}")
+
+    def interrupted(path: Path) -> int:
+        write_rows(path, rows, results.COLUMNS, results.order)
+        raise KeyboardInterrupt
+
+    assert fill(tmp_path, interrupted, results.table, figure.draw_figure) == 130
+    assert (tmp_path / "README.md").read_text() == text
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert re.search(r"<svg\b", (tmp_path / "figure.svg").read_text())
+
+
+def test_a_quick_run_leaves_nothing(rows: list[Row]) -> None:
+    folders: list[Path] = []
+
+    def failed(path: Path) -> int:
+        write_rows(path, rows, results.COLUMNS, results.order)
+        folders.append(path.parent)
+        return 3
+
+    assert fill(None, failed, results.table, figure.draw_figure) == 3
+    assert folders
+    assert not folders[0].exists()

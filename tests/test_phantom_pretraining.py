@@ -1,30 +1,17 @@
 """The script that made the shipped encoder: it runs, repeats itself, and draws what it says."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
-import pytest
 import torch
 from transformers import AutoModel
 
+from experiments.phantom_encoder import pictures
 from tests.evidence import FULL, count
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "experiments" / "phantom_encoder"
-
-
-@pytest.fixture(scope="module")
-def pictures() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("phantom_pictures", SCRIPTS / "pictures.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def pretrained(*outs: Path) -> list[bytes]:
@@ -60,7 +47,7 @@ def test_equal_seeds_give_equal_files_that_transformers_loads(tmp_path: Path) ->
     assert pooled.std(0).min() > 0
 
 
-def test_pictures_are_as_they_are_described(pictures: ModuleType) -> None:
+def test_pictures_are_as_they_are_described() -> None:
     made = pictures.draw(200, np.random.default_rng(1))
     assert made.images.shape == (200, pictures.SIDE, pictures.SIDE)
     assert made.images.dtype == np.float32
@@ -76,7 +63,7 @@ def test_pictures_are_as_they_are_described(pictures: ModuleType) -> None:
     assert made.measures[visible, -12:].any(axis=1).all()
 
 
-def test_a_brighter_map_is_a_brighter_picture(pictures: ModuleType) -> None:
+def test_a_brighter_map_is_a_brighter_picture() -> None:
     """Of one patient, told apart by the findings alone: maps and pictures are of the same place."""
     rng = np.random.default_rng(2)
     well = pictures.draw_patients(rng, np.zeros(50, np.int64), 1.0)

@@ -1,15 +1,15 @@
 """The chest X-ray benchmark: its settings say what they do, its table shows its rows, its score is the AUC."""
 
-import csv
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
+from experiments.shared.pages import BEGIN, END
+from experiments.shared.rows import Row, read_rows, write_rows
+from experiments.xray import results
+from experiments.xray.score import score
 from fedmed.atomic import write_json
 from fedmed.compose import compose
 from fedmed.dicom.ingest import ingest
@@ -20,33 +20,15 @@ from fedmed.schema import to_dict
 from fedmed.training import set_adapter
 from strategies.folder import Progress, RunFolder
 
-XRAY = Path(__file__).resolve().parents[1] / "experiments" / "xray"
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"xray_{name}", XRAY / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
 
 @pytest.fixture(scope="module")
-def results() -> ModuleType:
-    return load("results")
-
-
-@pytest.fixture(scope="module")
-def rows() -> list[dict[str, str]]:
-    with (XRAY / "results.csv").open(newline="") as file:
-        read = list(csv.DictReader(file))
+def rows() -> list[Row]:
+    read = read_rows(results.FOLDER / "results.csv")
     assert read
     return read
 
 
-def test_settings_compose_as_they_are_named(results: ModuleType) -> None:
+def test_settings_compose_as_they_are_named() -> None:
     assert len({setting.name for setting in results.SETTINGS}) == len(results.SETTINGS) == 18
     for setting in results.SETTINGS:
         config = compose(setting.overrides.split())
@@ -59,7 +41,7 @@ def test_settings_compose_as_they_are_named(results: ModuleType) -> None:
             assert config.privacy.delta == 1e-5
 
 
-def test_rows_are_unique_and_within_their_epsilon(results: ModuleType, rows: list[dict[str, str]]) -> None:
+def test_rows_are_unique_and_within_their_epsilon(rows: list[Row]) -> None:
     assert tuple(rows[0]) == results.COLUMNS
     assert sum(len(setting.rows(rows)) for setting in results.SETTINGS) == len(rows)
     for setting in results.SETTINGS:
@@ -75,9 +57,9 @@ def test_rows_are_unique_and_within_their_epsilon(results: ModuleType, rows: lis
             assert 0 < float(row["epsilon_spent"]) <= float(row["epsilon_target"])
 
 
-def test_readme_shows_the_rows(results: ModuleType, rows: list[dict[str, str]]) -> None:
-    text = (XRAY / "README.md").read_text()
-    shown = text.partition(results.BEGIN)[2].partition(results.END)[0].strip()
+def test_readme_shows_the_rows(rows: list[Row]) -> None:
+    text = (results.FOLDER / "README.md").read_text()
+    shown = text.partition(BEGIN)[2].partition(END)[0].strip()
     assert shown == results.table(rows)
     # Recomputed here, not by the functions that wrote the table.
     first = [row for row in rows if (row["split"], row["epsilon_target"]) == ("even", "8")]
@@ -85,9 +67,9 @@ def test_readme_shows_the_rows(results: ModuleType, rows: list[dict[str, str]]) 
     assert shown.splitlines()[2].split("|")[5].split()[0] == f"{mean:.3f}"
 
 
-def test_rows_survive_writing(results: ModuleType, rows: list[dict[str, str]], tmp_path: Path) -> None:
-    results.write_rows(tmp_path / "results.csv", reversed(rows))
-    assert (tmp_path / "results.csv").read_text() == (XRAY / "results.csv").read_text()
+def test_rows_survive_writing(rows: list[Row], tmp_path: Path) -> None:
+    write_rows(tmp_path / "results.csv", reversed(rows), results.COLUMNS, results.order)
+    assert (tmp_path / "results.csv").read_text() == (results.FOLDER / "results.csv").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
 
 
@@ -116,7 +98,7 @@ def test_score_is_the_auc_of_what_was_released(tmp_path: Path) -> None:
         cut = network.preprocessor.cut(torch.from_numpy(images[:, None] / np.float32(255)))
         scores = network(images=cut).numpy()
     pairs = scores[labels == 1][:, None] - scores[labels == 0]
-    auc, accuracy = load("score").score(run, hospital)
+    auc, accuracy = score(run, hospital)
     # 49 pairs: another order of one of them would move it by 0.02.
     assert auc == pytest.approx((pairs > 0).mean(), abs=1e-3)
     assert accuracy == pytest.approx(((scores > 0) == labels).mean())

@@ -3,35 +3,30 @@
 Example: python experiments/data_efficiency/figure.py
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
-from results import DATA, FOLDER, METHODS, SIZES, Row, band, curve, read_rows
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # the root of the repository, where experiments is
 
-# Okabe and Ito's colour-blind-safe hues, darkened; markers tell the series apart without colour.
-SERIES = {"head": ("#0072b2", "o"), "lora": ("#c44e00", "s"), "scratch": ("#00805d", "^")}
-MUTED = "#5b636b"
+from experiments.data_efficiency.results import DATA, FOLDER, METHODS, SIZES, band, curve
+from experiments.shared.figures import LOOKS, MUTED, figure_in
+from experiments.shared.rows import Row, read_rows
+
+SERIES = dict(zip((method.name for method in METHODS), LOOKS, strict=False))
 
 
 def draw_figure(rows: list[Row], folder: Path) -> None:
     """Write both files: a row of panels for each data set, without privacy on the left, with it on the right."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     shown = [data for data in DATA if any(row["data"] == data for row in rows)]
-    with matplotlib.rc_context({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "fedmed"}):
-        figure = Figure(figsize=(9.6, 3.9 * len(shown)), layout="constrained")
-        FigureCanvasAgg(figure)
+    with figure_in(folder, 9.6, 3.9 * len(shown)) as figure:
         panels = figure.subplots(len(shown), 2, sharey=True, squeeze=False)
         for data, pair in zip(shown, panels, strict=True):
             for axes, epsilon in zip(pair, ("off", "8"), strict=True):
                 words = "NOT PRIVATE" if epsilon == "off" else f"ε = {epsilon}, δ = 1e-4, per patient"
                 _panel(axes, rows, data, epsilon, f"{data}: {words}")
             pair[0].set_ylabel("AUC on 400 other patients")
-            pair[0].legend(frameon=False, loc="lower right", fontsize=8)
-        figure.savefig(folder / "figure.svg", metadata={"Date": None})
-        figure.savefig(folder / "figure.png", dpi=160, metadata={"Software": None})
+            pair[0].legend()
 
 
 def _panel(axes: Any, rows: list[Row], data: str, epsilon: str, title: str) -> None:
@@ -49,9 +44,7 @@ def _panel(axes: Any, rows: list[Row], data: str, epsilon: str, title: str) -> N
     axes.minorticks_off()
     axes.set_ylim(0.3, 1.02)
     axes.set_xlabel("labelled patients in the federation")
-    axes.set_title(title, loc="left", fontsize=10)
-    axes.grid(axis="y", color=MUTED, alpha=0.2, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title)
 
 
 if __name__ == "__main__":

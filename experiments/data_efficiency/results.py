@@ -1,21 +1,18 @@
 """The points of the curve, its rows, and their bands: no run happens here."""
 
-import csv
-import io
-import os
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments.shared.rows import Row
+
 FOLDER = Path(__file__).resolve().parent
-BEGIN, END = "<!-- table: written by run.py -->", "<!-- end of the table -->"
 COLUMNS = ("data", "method", "epsilon", "patients", "seed", "auc", "epsilon_spent", "cpu_seconds", "commit")
 # Labelled patients of the whole federation, half at each of two hospitals.
 SIZES = (10, 20, 40, 80, 160, 320)
 SEEDS = range(5)
 EPSILONS = ("off", "8")
 DATA = ("phantoms", "pneumoniamnist")
-Row = dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,43 +73,10 @@ def key(row: Row) -> tuple[str, ...]:
     return tuple(row[name] for name in COLUMNS[:5])
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of results.csv; none where there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write_rows(path: Path, rows: list[Row]) -> None:
-    """Replace results.csv in one step, in an order that does not depend on when each was run."""
+def order(row: Row) -> tuple[str, int, str, int, int]:
+    """By which results.csv is sorted: it does not depend on when each was run."""
     names = [method.name for method in METHODS]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(
-        sorted(
-            rows,
-            key=lambda r: (
-                r["data"],
-                names.index(r["method"]),
-                r["epsilon"],
-                int(r["patients"]),
-                int(r["seed"]),
-            ),
-        )
-    )
-    replace(path, text.getvalue())
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a text file so that others see the old one or the whole new one."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_text(text)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    return row["data"], names.index(row["method"]), row["epsilon"], int(row["patients"]), int(row["seed"])
 
 
 def band(values: list[float]) -> tuple[float, float, float]:

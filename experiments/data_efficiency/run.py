@@ -16,7 +16,6 @@ import dataclasses
 import io
 import logging
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,30 +24,28 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # the root of the repository, where experiments is
 
 import torch
-from figure import draw_figure
-from hospitals import NAMES, TEST_SEED, cut, pool
-from results import (
-    BEGIN,
+
+from clients.client_app import app
+from experiments.data_efficiency.figure import draw_figure
+from experiments.data_efficiency.hospitals import NAMES, TEST_SEED, cut, pool
+from experiments.data_efficiency.results import (
     COLUMNS,
     DATA,
-    END,
     FOLDER,
     METHODS,
     SEEDS,
     SIZES,
     Point,
-    Row,
     key,
+    order,
     points,
-    read_rows,
-    replace,
     table,
-    write_rows,
 )
-
-from clients.client_app import app
+from experiments.shared.commands import benchmark_parser, fill
+from experiments.shared.rows import Row, commit_mark, read_rows, write_rows
 from fedmed.compose import compose
 from fedmed.config import RunConfig
 from fedmed.data.readers import read_site
@@ -124,10 +121,9 @@ def measure(point: Point, path: Path, tests: Tests, commit: str) -> Row:
     return dict(zip(COLUMNS, values, strict=True))
 
 
-def run_missing(asked: argparse.Namespace, output: Path, work: Path) -> None:
+def run_missing(asked: argparse.Namespace, path: Path, work: Path) -> None:
     """Fill results.csv with what it lacks."""
-    path = output / "results.csv"
-    rows, commit, end = read_rows(path), _commit(), time.monotonic() + 60 * asked.minutes
+    rows, commit, end = read_rows(path), commit_mark(), time.monotonic() + 60 * asked.minutes
     sizes, seeds = (SIZES[:2], range(1)) if asked.quick else (SIZES, SEEDS)
     have = {key(row) for row in rows}
     work = work / asked.data
@@ -143,60 +139,27 @@ def run_missing(asked: argparse.Namespace, output: Path, work: Path) -> None:
         folder = cut(whole, seed / str(point.patients), patients=point.patients // 2 + 1)
         row = measure(point, folder, tests, commit)
         rows = [*rows, row]
-        write_rows(path, rows)
+        write_rows(path, rows, COLUMNS, order)
         print(" ".join(f"{name}={row[name]}" for name in COLUMNS[1:8]), flush=True)
-
-
-def write_pages(folder: Path) -> None:
-    """Write README's table (where the folder has a README) and the figure from results.csv."""
-    rows = read_rows(folder / "results.csv")
-    if not rows:
-        return
-    draw_figure(rows, folder)
-    readme = folder / "README.md"
-    if readme.exists():
-        before, _, rest = readme.read_text().partition(BEGIN)
-        replace(readme, f"{before}{BEGIN}\n{table(rows)}\n{END}{rest.partition(END)[2]}")
-
-
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=7"],
-        cwd=FOLDER, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return done.stdout.strip() or "unknown"
 
 
 def main() -> int:
     """Run what is missing, then write table and figure."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = benchmark_parser(__doc__, FOLDER, quick="two sizes of one seed, 80 test patients")
     parser.add_argument("--data", choices=DATA, default=DATA[0])
-    parser.add_argument(
-        "--output", type=Path, default=FOLDER, help="of results.csv and the figure; default: here"
-    )
     parser.add_argument("--work", type=Path, help="where hospitals are kept between calls; default: nowhere")
     parser.add_argument(
         "--minutes", type=float, default=1e6, help="no new run after as many; default: no end"
     )
-    parser.add_argument("--quick", action="store_true", help="two sizes of one seed, 80 test patients")
     asked = parser.parse_args()
     if asked.data == "pneumoniamnist" and not os.environ.get("FEDMED_DATA"):
         parser.error("--data pneumoniamnist: set FEDMED_DATA to the folder that holds pneumoniamnist.npz")
     if asked.quick and asked.output == FOLDER:
         parser.error("--quick: add --output FOLDER: its rows are no part of the curve")
     logging.disable(logging.WARNING)
-    asked.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fedmed-curve-") as temporary:
-        try:
-            run_missing(asked, asked.output, asked.work or Path(temporary))
-        except KeyboardInterrupt:
-            print("interrupted: the same command continues", file=sys.stderr)
-            return 130
-        finally:
-            write_pages(asked.output)
-    return 0
+        work = asked.work or Path(temporary)
+        return fill(asked.output, lambda path: run_missing(asked, path, work), table, draw_figure)
 
 
 if __name__ == "__main__":

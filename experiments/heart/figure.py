@@ -3,36 +3,30 @@
 Example: python experiments/heart/figure.py
 """
 
-import argparse
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
-from results import FOLDER, SETTINGS, Row, Setting, read_rows, spread
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # the root of the repository, where experiments is
 
-# Okabe and Ito's colour-blind-safe hues, darkened; markers tell the series apart without colour.
-SERIES = {"head": ("#0072b2", "o"), "lora": ("#c44e00", "s"), "logistic10": ("#00805d", "^")}
+from experiments.heart.results import FOLDER, SETTINGS, Setting, spread
+from experiments.shared.figures import INK, LOOKS, figure_command, figure_in
+from experiments.shared.rows import Row
+
 NAMES = {"head": "head", "lora": "LoRA, last 3 of 6 blocks", "logistic10": "logistic regression"}
+SERIES = dict(zip(NAMES, LOOKS, strict=False))
 TICKS = {"eps1": 0.0, "eps3": 1.0, "off": 2.0}
-INK, MUTED = "#1c2024", "#5b636b"
 
 
 def draw_figure(rows: list[Row], folder: Path) -> None:
     """Write both files: pooled AUC of the sentences on the left, accuracy of the table on the right."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "fedmed"}):
-        figure = Figure(figsize=(9.6, 4.2), layout="constrained")
-        FigureCanvasAgg(figure)
+    with figure_in(folder, 9.6, 4.2) as figure:
         left, right = figure.subplots(1, 2, width_ratios=[1.5, 1])
         text = [setting for setting in SETTINGS if setting.metric == "pooled_auc"]
         table = [setting for setting in SETTINGS if setting.metric != "pooled_auc"]
         _panel(left, rows, text, "pooled test AUC", "Patients as sentences, MiniLM")
         _panel(right, rows, table, "mean test accuracy over hospitals", "Ten-feature table")
-        figure.savefig(folder / "figure.svg", metadata={"Date": None})
-        figure.savefig(folder / "figure.png", dpi=160, metadata={"Software": None})
 
 
 def _panel(axes: Any, rows: list[Row], settings: list[Setting], ylabel: str, title: str) -> None:
@@ -71,21 +65,9 @@ def _panel(axes: Any, rows: list[Row], settings: list[Setting], ylabel: str, tit
     axes.set_xticks(list(TICKS.values()), ["ε = 1", "ε = 3", "off\n(NOT PRIVATE)"])
     axes.set_xlim(-0.5, 2.5)
     axes.set_ylabel(ylabel)
-    axes.set_title(title, loc="left", fontsize=10)
-    axes.grid(axis="y", color=MUTED, alpha=0.2, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right", fontsize=8)
-
-
-def main() -> None:
-    """Draw from results.csv."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--results", type=Path, default=FOLDER / "results.csv", help="default: %(default)s")
-    results = parser.parse_args().results
-    draw_figure(read_rows(results), results.parent)
+    axes.set_title(title)
+    axes.legend()
 
 
 if __name__ == "__main__":
-    main()
+    figure_command(__doc__, FOLDER, draw_figure)

@@ -1,24 +1,20 @@
 """The settings of the benchmark, its rows, and the table that README.md shows: no run happens here."""
 
-import csv
-import io
-import os
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments.shared.rows import Row
+
 FOLDER = Path(__file__).resolve().parent
 SEEDS = range(5)
 DRAWS = 3
-# Marks in README.md between which the table stands.
-BEGIN, END = "<!-- table: written by run.py -->", "<!-- end of the table -->"
 COLUMNS = (
     "setting", "epsilon_target", "epsilon_spent", "seed", "draw", "pooled_auc", "pooled_accuracy",
     "mean_hospital_accuracy", "seconds", "commit",
 )  # fmt: skip
 AUC, ACCURACY = "pooled_auc", "mean_hospital_accuracy"
-Row = dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,32 +62,10 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of results.csv; none where there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Replace results.csv in one step, in the settings' order."""
-    order = {setting.name: index for index, setting in enumerate(SETTINGS)}
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(sorted(rows, key=lambda r: (order[r["setting"]], int(r["seed"]), int(r["draw"]))))
-    replace(path, text.getvalue())
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a text file so that others see the old one or the whole new one."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_text(text)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+def order(row: Row) -> tuple[int, int, int]:
+    """By which results.csv is sorted."""
+    names = [setting.name for setting in SETTINGS]
+    return names.index(row["setting"]), int(row["seed"]), int(row["draw"])
 
 
 def missing(

@@ -22,22 +22,12 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from figure import draw_figure
-from results import (
-    BEGIN,
-    COLUMNS,
-    END,
-    FOLDER,
-    SEEDS,
-    SETTINGS,
-    Row,
-    Setting,
-    missing,
-    read_rows,
-    replace,
-    table,
-    write_rows,
-)
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # the root of the repository, where experiments is
+
+from experiments.heart.figure import draw_figure
+from experiments.heart.results import COLUMNS, FOLDER, SEEDS, SETTINGS, Setting, missing, order, table
+from experiments.shared.commands import benchmark_parser, fedmed, fill
+from experiments.shared.rows import Row, commit_mark, epsilon_spent, read_rows, write_rows
 
 # One process a sweep: the encoder's frozen part is computed once for all of its seeds.
 COMMON = ("tracking=none", "reference=false", "federation.workers=1")
@@ -60,7 +50,7 @@ def sweep(
         log = Path(folder) / "log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [_fedmed(), "run", "-m", *overrides], cwd=folder, stdout=output, stderr=subprocess.STDOUT
+                [fedmed(), "run", "-m", *overrides], cwd=folder, stdout=output, stderr=subprocess.STDOUT
             )
             code = _wait(process)
         if code not in (0, 130):
@@ -86,19 +76,12 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
         return 130
 
 
-def _fedmed() -> str:
-    beside = Path(sys.executable).with_name("fedmed")
-    return str(beside) if beside.exists() else "fedmed"
-
-
 def _row(setting: Setting, summary: dict[str, Any], commit: str) -> Row:
-    privacy, test = summary["privacy"], summary["test"]
-    spent = [site["epsilon"] for site in privacy["sites"].values()]
-    target = privacy["target_epsilon"]
+    target, test = summary["privacy"]["target_epsilon"], summary["test"]
     values = (
         setting.name,
         "off" if target is None else f"{target:g}",
-        f"{max(spent):.4f}" if privacy["private"] else "off",
+        epsilon_spent(summary),
         summary["seed"],
         summary["name"].removeprefix("draw-"),
         f"{test['auc']:.4f}",
@@ -110,24 +93,11 @@ def _row(setting: Setting, summary: dict[str, Any], commit: str) -> Row:
     return {name: str(value) for name, value in zip(COLUMNS, values, strict=True)}
 
 
-def _commit() -> str:
-    """The checkout's short hash, marked where the packages or the configuration differ from it."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments], cwd=FOLDER.parents[1], capture_output=True, text=True, check=False
-        )
-        return done.stdout.strip()
-
-    changed = git("status", "--porcelain", "--", "fedmed", "strategies", "clients", "configs")
-    return (git("rev-parse", "--short=7", "HEAD") or "unknown") + ("-dirty" if changed else "")
-
-
 def run_missing(arguments: argparse.Namespace, path: Path) -> int:
     """Fill results.csv; the exit code of the first sweep that did not end well, else 0."""
     seeds = range(1) if arguments.quick else SEEDS
     extra = ["rounds=2", "strategy.average_last=1"] if arguments.quick else []
-    commit, rows = _commit(), read_rows(path)
+    commit, rows = commit_mark(), read_rows(path)
     for setting in SETTINGS:
         if arguments.only and setting.name not in arguments.only:
             continue
@@ -136,57 +106,23 @@ def run_missing(arguments: argparse.Namespace, path: Path) -> int:
             new, code = sweep(setting, [draw for draw, _ in alike], left, extra, commit)
             if new:
                 rows = [*rows, *new]
-                write_rows(path, rows)
+                write_rows(path, rows, COLUMNS, order)
             if code:
                 return code
     return 0
 
 
-def write_pages(folder: Path) -> None:
-    """Write README's table (where the folder has a README) and the figure from results.csv."""
-    rows = read_rows(folder / "results.csv")
-    if not rows:
-        return
-    print(table(rows))
-    draw_figure(rows, folder)
-    readme = folder / "README.md"
-    if readme.exists():
-        before, _, rest = readme.read_text().partition(BEGIN)
-        replace(readme, f"{before}{BEGIN}\n{table(rows)}\n{END}{rest.partition(END)[2]}")
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    names = [setting.name for setting in SETTINGS]
-    parser.add_argument(
-        "--only", nargs="+", choices=names, metavar="SETTING", help=f"of {', '.join(names)}; default: all"
+def main() -> int:
+    """Run what is missing, then write table and figure; exit code 0, or that of a sweep that failed."""
+    parser = benchmark_parser(
+        __doc__, FOLDER, quick="seed 0, two rounds, in a temporary folder", names=(s.name for s in SETTINGS)
     )
     parser.add_argument(
         "--draws", type=int, default=3, help="repetitions of each seed under privacy, at most 3 (default)"
     )
-    parser.add_argument(
-        "--output", type=Path, default=FOLDER, help="folder of results.csv and the figure; default: here"
-    )
-    parser.add_argument("--quick", action="store_true", help="seed 0, two rounds, in a temporary folder")
-    return parser.parse_args()
-
-
-def main() -> int:
-    """Run what is missing, then write table and figure; exit code 0, or that of a sweep that failed."""
-    arguments = _arguments()
-    if arguments.quick:
-        with tempfile.TemporaryDirectory(prefix="fedmed-quick-") as folder:
-            code = run_missing(arguments, Path(folder) / "results.csv")
-            write_pages(Path(folder))
-        return code
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    try:
-        code = run_missing(arguments, arguments.output / "results.csv")
-    finally:
-        write_pages(arguments.output)
-    return code
+    asked = parser.parse_args()
+    folder = None if asked.quick else asked.output
+    return fill(folder, lambda path: run_missing(asked, path), table, draw_figure)
 
 
 if __name__ == "__main__":

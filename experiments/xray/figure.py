@@ -3,10 +3,14 @@
 Example: python experiments/xray/figure.py
 """
 
-import argparse
+import sys
 from pathlib import Path
 
-from results import (
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # the root of the repository, where experiments is
+
+from experiments.shared.figures import INK, LOOKS, MUTED, figure_command, figure_in
+from experiments.shared.rows import Row
+from experiments.xray.results import (
     EPSILONS,
     FOLDER,
     LABEL_SKEW,
@@ -14,36 +18,18 @@ from results import (
     PUBLISHED,
     SETTINGS,
     TARGET,
-    Row,
     Setting,
-    read_rows,
     spread,
 )
-
-# Okabe and Ito's colour-blind-safe hues, darkened; markers tell the series apart without colour.
-LOOKS = {
-    ("even", "fedavg"): ("#1c2024", "D"),
-    ("skew", "fedavg"): ("#0072b2", "o"),
-    ("skew", "fedprox"): ("#c44e00", "s"),
-    ("skew", "fedavgm"): ("#00805d", "^"),
-    ("skew", "fedadam"): ("#a6447f", "v"),
-}
-MUTED = "#5b636b"
 
 
 def draw_figure(rows: list[Row], folder: Path) -> None:
     """Write both files: test AUC against epsilon, a series for each split and strategy."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "fedmed"}):
-        figure = Figure(figsize=(8.0, 4.4), layout="constrained")
-        FigureCanvasAgg(figure)
+    with figure_in(folder, 8.0, 4.4) as figure:
         axes = figure.subplots()
         series = list(dict.fromkeys((setting.split, setting.strategy) for setting in SETTINGS))
-        for index, (split, strategy) in enumerate(series):
-            colour, marker = LOOKS[split, strategy]
+        looks = ((INK, "D"), *LOOKS)
+        for index, ((split, strategy), (colour, marker)) in enumerate(zip(series, looks, strict=True)):
             line = []
             for tick, epsilon in enumerate(EPSILONS):
                 mine = Setting(split=split, strategy=strategy, epsilon=epsilon).rows(rows)
@@ -66,26 +52,12 @@ def draw_figure(rows: list[Row], folder: Path) -> None:
             f"centralised ResNet-18, published: {PUBLISHED}", (3.45, PUBLISHED), (0, 3), color=MUTED, ha="right",
             textcoords="offset points", fontsize=8,
         )  # fmt: skip
-        axes.plot([1.55, 2.45], [TARGET] * 2, color="#1c2024", linewidth=1.6, label="target, even split")
+        axes.plot([1.55, 2.45], [TARGET] * 2, color=INK, linewidth=1.6, label="target, even split")
         axes.set_xticks(range(4), ["ε = 1", "ε = 3", "ε = 8", "off\n(NOT PRIVATE)"])
         axes.set_xlim(-0.5, 3.5)
         axes.set_ylabel("AUC on the official test images")
-        axes.grid(axis="y", color=MUTED, alpha=0.2, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, loc="lower right", fontsize=8)
-        figure.savefig(folder / "figure.svg", metadata={"Date": None})
-        figure.savefig(folder / "figure.png", dpi=160, metadata={"Software": None})
-
-
-def main() -> None:
-    """Draw from results.csv."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--results", type=Path, default=FOLDER / "results.csv", help="default: %(default)s")
-    results = parser.parse_args().results
-    draw_figure(read_rows(results), results.parent)
+        axes.legend()
 
 
 if __name__ == "__main__":
-    main()
+    figure_command(__doc__, FOLDER, draw_figure)

@@ -6,15 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from experiments.shared.commands import fedmed
+
 CLASSES = "normal,pneumonia"
 # A draw of the skewed split that leaves a hospital with fewer patients is passed over: see README.md.
 FEWEST = 100
-
-
-def fedmed() -> str:
-    """The command that belongs to this Python."""
-    beside = Path(sys.executable).with_name("fedmed")
-    return str(beside) if beside.exists() else "fedmed"
 
 
 def arrays() -> Path:

@@ -1,12 +1,11 @@
 """The settings of the benchmark, its rows, and the table that README.md shows: no run happens here."""
 
-import csv
-import io
-import os
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from experiments.shared.rows import Row
 
 FOLDER = Path(__file__).resolve().parent
 # The first three whose skewed draw leaves each hospital 100 patients; a seed fixes the split and the initial network.
@@ -17,13 +16,10 @@ LABEL_SKEW = 0.5
 TARGET = 0.93
 # Mean test AUC of a centralised ResNet-18 at 28 pixels without privacy (MedMNIST v2, table 3).
 PUBLISHED = 0.944
-# Marks in README.md between which the table stands.
-BEGIN, END = "<!-- table: written by run.py -->", "<!-- end of the table -->"
 COLUMNS = (
     "split", "strategy", "epsilon_target", "epsilon_spent", "seed", "auc", "accuracy", "seconds", "cpu_seconds",
     "commit",
 )  # fmt: skip
-Row = dict[str, str]
 
 # What a strategy adds to configs/experiment/xray.yaml, chosen on the validation images.
 STRATEGIES = {
@@ -74,33 +70,10 @@ SETTINGS = (
 )
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of results.csv; none where there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Replace results.csv in one step, in the settings' order."""
-    order = {(s.split, s.strategy, s.epsilon): index for index, s in enumerate(SETTINGS)}
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    key = lambda r: (order[r["split"], r["strategy"], r["epsilon_target"]], int(r["seed"]))  # noqa: E731
-    writer.writerows(sorted(rows, key=key))
-    replace(path, text.getvalue())
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a text file so that others see the old one or the whole new one."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_text(text)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+def order(row: Row) -> tuple[int, int]:
+    """By which results.csv is sorted."""
+    names = [setting.name for setting in SETTINGS]
+    return names.index("{split}-{strategy}-{epsilon_target}".format_map(row)), int(row["seed"])
 
 
 def spread(rows: list[Row]) -> tuple[float, float]:

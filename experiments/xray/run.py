@@ -19,24 +19,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from figure import draw_figure
-from hospitals import fedmed, held_out_hospital, training_hospitals
-from results import (
-    BEGIN,
-    COLUMNS,
-    END,
-    FOLDER,
-    LABEL_SKEW,
-    SEEDS,
-    SETTINGS,
-    Row,
-    Setting,
-    read_rows,
-    replace,
-    table,
-    write_rows,
-)
-from score import score
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # the root of the repository, where experiments is
+
+from experiments.shared.commands import benchmark_parser, fedmed, fill
+from experiments.shared.rows import Row, commit_mark, epsilon_spent, read_rows, write_rows
+from experiments.xray.figure import draw_figure
+from experiments.xray.hospitals import held_out_hospital, training_hospitals
+from experiments.xray.results import COLUMNS, FOLDER, LABEL_SKEW, SEEDS, SETTINGS, Setting, order, table
+from experiments.xray.score import score
 
 
 def run_one(setting: Setting, seed: int, work: Path, extra: list[str]) -> Row | None:
@@ -63,19 +53,17 @@ def run_one(setting: Setting, seed: int, work: Path, extra: list[str]) -> Row | 
 
 
 def _row(setting: Setting, summary: dict[str, Any], *, auc: float, accuracy: float, cpu: float) -> Row:
-    privacy = summary["privacy"]
-    spent = [site["epsilon"] for site in privacy["sites"].values()]
     values = (
         setting.split,
         setting.strategy,
         setting.epsilon,
-        f"{max(spent):.4f}" if privacy["private"] else "off",
+        epsilon_spent(summary),
         summary["seed"],
         f"{auc:.4f}",
         f"{accuracy:.4f}",
         f"{summary['seconds']['total']:.1f}",
         f"{cpu:.1f}",
-        _commit(),
+        commit_mark(),
     )
     return {name: str(value) for name, value in zip(COLUMNS, values, strict=True)}
 
@@ -83,19 +71,6 @@ def _row(setting: Setting, summary: dict[str, Any], *, auc: float, accuracy: flo
 def _cpu_seconds() -> float:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
-
-
-def _commit() -> str:
-    """The checkout's short hash, marked where the packages or the configuration differ from it."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments], cwd=FOLDER.parents[1], capture_output=True, text=True, check=False
-        )
-        return done.stdout.strip()
-
-    changed = git("status", "--porcelain", "--", "fedmed", "strategies", "clients", "configs")
-    return (git("rev-parse", "--short=7", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
 def run_missing(arguments: argparse.Namespace, path: Path) -> int:
@@ -112,56 +87,21 @@ def run_missing(arguments: argparse.Namespace, path: Path) -> int:
             row = run_one(setting, seed, arguments.work.resolve(), extra)
             if row is None:
                 return 1
-            write_rows(path, [*rows, row])
+            write_rows(path, [*rows, row], COLUMNS, order)
     return 0
-
-
-def write_pages(folder: Path) -> None:
-    """Write README's table (where the folder has a README) and the figure from results.csv."""
-    rows = read_rows(folder / "results.csv")
-    if not rows:
-        return
-    print(table(rows))
-    draw_figure(rows, folder)
-    readme = folder / "README.md"
-    if readme.exists():
-        before, _, rest = readme.read_text().partition(BEGIN)
-        replace(readme, f"{before}{BEGIN}\n{table(rows)}\n{END}{rest.partition(END)[2]}")
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    names = [setting.name for setting in SETTINGS]
-    parser.add_argument(
-        "--only", nargs="+", choices=names, metavar="SETTING", help=f"of {', '.join(names)}; default: all"
-    )
-    parser.add_argument(
-        "--work", type=Path, default=FOLDER / "data", help="folder of the hospitals; default: data, here"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=FOLDER, help="folder of results.csv and the figure; default: here"
-    )
-    parser.add_argument("--quick", action="store_true", help="one seed, two rounds, in a temporary folder")
-    return parser.parse_args()
 
 
 def main() -> int:
     """Run what is missing, then write table and figure; exit code 0, 1 where a run failed, 130 after Ctrl-C."""
-    arguments = _arguments()
-    if arguments.quick:
-        with tempfile.TemporaryDirectory(prefix="fedmed-quick-") as folder:
-            code = run_missing(arguments, Path(folder) / "results.csv")
-            write_pages(Path(folder))
-        return code
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    try:
-        return run_missing(arguments, arguments.output / "results.csv")
-    except KeyboardInterrupt:
-        return 130
-    finally:
-        write_pages(arguments.output)
+    parser = benchmark_parser(
+        __doc__, FOLDER, quick="one seed, two rounds, in a temporary folder", names=(s.name for s in SETTINGS)
+    )
+    parser.add_argument(
+        "--work", type=Path, default=FOLDER / "data", help="folder of the hospitals; default: data, here"
+    )
+    asked = parser.parse_args()
+    folder = None if asked.quick else asked.output
+    return fill(folder, lambda path: run_missing(asked, path), table, draw_figure)
 
 
 if __name__ == "__main__":
