@@ -40,7 +40,7 @@ class PatientOptimizer:
         self.grid = plan.grid
         self.noise_draws = 0
         self._optimizer = optimizer
-        self._source = source
+        self.source = source
         self._before_step = before_step
         self._divisor = plan.expected_batch
         self._patients = 0
@@ -85,7 +85,7 @@ class PatientOptimizer:
     def noised(self, cells: Tensor) -> Tensor:
         """(entries,) float64: a sum with the plan's Gaussian. From here on everything is post-processing."""
         self.noise_draws += 1
-        return noised(cells, grid=self.grid, source=self._source)
+        return noised(cells, grid=self.grid, source=self.source)
 
     def step(self) -> None:
         """One step with noise, however many patients were accumulated."""
