@@ -11,7 +11,14 @@ from numpy.typing import NDArray
 
 from fedmed.config import PrivacyConfig, RunConfig
 from fedmed.errors import PrivacyError, require
-from fedmed.privacy.accounting import NUMERICAL_SHARE, calibrate_noise, composed_epsilon, epsilon_of
+from fedmed.privacy.accounting import (
+    NUMERICAL_SHARE,
+    PLD_INTERVAL,
+    ROUGH_INTERVAL,
+    calibrate_noise,
+    composed_epsilon,
+    epsilon_of,
+)
 from fedmed.privacy.gaussian import SAMPLER_ERROR
 from fedmed.privacy.grid import Grid
 from fedmed.privacy.randomness import RandomSource
@@ -88,11 +95,13 @@ class PrivacyPlan:
     def epsilon(self, *, rounds: int | None = None, accountant: str = "pld") -> float:
         """Epsilon at the plan's delta after `rounds` (default: all) rounds; infinite without noise.
 
-        It covers the sampler's numerical error, where `check_sampler` lets the plan run.
+        It covers the sampler's numerical error, where `check_sampler` lets the plan run. Of a part of the rounds, which
+        is charged nobody and only tells where a run stands, it is taken from a coarser grid: at most 0.1% more.
         """
         if rounds == 0:
             return 0.0
-        return epsilon_of(self.event(rounds), delta=self.delta, accountant=accountant)
+        interval = PLD_INTERVAL if rounds in (None, self.rounds) else ROUGH_INTERVAL
+        return epsilon_of(self.event(rounds), delta=self.delta, accountant=accountant, interval=interval)
 
     def calibrate(self, *, epsilon: float) -> "PrivacyPlan":
         """The plan with the least noise whose whole run costs at most `epsilon`.

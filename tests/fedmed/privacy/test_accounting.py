@@ -120,6 +120,14 @@ def test_later_rounds_cost_more_and_all_rounds_cost_the_whole_plan() -> None:
     assert spent[-1] == plan.epsilon()
 
 
+@pytest.mark.parametrize(("noise", "sample_rate"), [(1.0, 1 / 16), (3.0, 0.5), (8.0, 1.0)])
+def test_what_some_rounds_cost_is_no_less_than_the_accountant_says(noise: float, sample_rate: float) -> None:
+    plan = make(noise_multiplier=noise, sample_rate=sample_rate)
+    for rounds in (1, plan.rounds - 1):
+        exact = epsilon_of(plan.event(rounds), delta=plan.delta)
+        assert exact <= plan.epsilon(rounds=rounds) <= 1.001 * exact
+
+
 def test_a_patient_at_two_sites_pays_for_both() -> None:
     plan = make(sample_rate=1.0)
     both = composed_epsilon([plan.event(), plan.event()], delta=plan.delta)
