@@ -216,12 +216,10 @@ def conv2d(layer: nn.Conv2d, images: Tensor, backprops: Tensor) -> dict[Tensor, 
     if layer.groups != 1:
         return _grouped(layer, images, backprops)
     found: dict[Tensor, Gradient] = {}
-    flat = backprops.flatten(2)
     if layer.weight.requires_grad:
-        patches, region = _patches(layer, images, backprops)
-        found[layer.weight] = Product(flat, patches, places=2, region=region)
+        found[layer.weight] = _patches(layer, images, backprops)
     if layer.bias is not None and layer.bias.requires_grad:
-        found[layer.bias] = Small(flat.sum(dim=2))
+        found[layer.bias] = Small(backprops.flatten(2).sum(dim=2))
     return found
 
 
@@ -265,21 +263,30 @@ def _depthwise(layer: nn.Conv2d, images: Tensor, backprops: Tensor) -> Tensor:
     return torch.stack(places, dim=2).view(len(images), *layer.weight.shape)
 
 
-def _patches(layer: nn.Conv2d, images: Tensor, backprops: Tensor) -> tuple[Tensor, Region]:
-    """A view (records, channels, *kernel, *places) of the padded images: what each weight is multiplied with.
+def _patches(layer: nn.Conv2d, images: Tensor, backprops: Tensor) -> Product:
+    """Outputs' gradients times a view (records, channels, *kernel, *places) of the padded images.
 
-    Beside it the region of the weights that meet anything but zeros, which padded a map smaller than the kernel.
+    Where the kernel moves by one, places are those of the padded rows one after the other, so that a patch is copied
+    in one piece: at the end of a row it reads on in the next, where the output's gradient is taken to be zero.
     """
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     around = layer._reversed_padding_repeated_twice
     padded = functional.pad(images, around, mode=mode).contiguous()
     record, channel, row, column = padded.stride()
     kernel = (row * layer.dilation[0], column * layer.dilation[1])
-    place = (row * layer.stride[0], column * layer.stride[1])
-    shape = (*padded.shape[:2], *layer.kernel_size, *backprops.shape[2:])
-    patches = padded.as_strided(shape, (record, channel, *kernel, *place), padded.storage_offset())
-    if mode != "constant":
-        return patches, ()
+    places: tuple[int, ...] = tuple(backprops.shape[2:])
+    steps: tuple[int, ...] = (row * layer.stride[0], column * layer.stride[1])
+    region = _live(layer, images, places, around) if mode == "constant" else ()
+    if layer.stride == (1, 1):
+        backprops = functional.pad(backprops, (0, row - places[1]))
+        places, steps = ((places[0] - 1) * row + places[1],), (1,)
+    shape = (*padded.shape[:2], *layer.kernel_size, *places)
+    patches = padded.as_strided(shape, (record, channel, *kernel, *steps), padded.storage_offset())
+    return Product(backprops.flatten(2)[..., : math.prod(places)], patches, len(places), region)
+
+
+def _live(layer: nn.Conv2d, images: Tensor, places: tuple[int, ...], around: list[int]) -> Region:
+    """Of the weights, those that meet anything but zeros, which padded a map smaller than the kernel."""
     # Of rows and of columns: a place's pixel is at place * stride + weight * dilation - padding.
     live = [
         [
@@ -289,12 +296,12 @@ def _patches(layer: nn.Conv2d, images: Tensor, backprops: Tensor) -> tuple[Tenso
                 0
                 <= place * layer.stride[n] + weight * layer.dilation[n] - around[2 - 2 * n]
                 < images.shape[2 + n]
-                for place in range(backprops.shape[2 + n])
+                for place in range(places[n])
             )
         ]
         for n in (0, 1)
     ]
-    return patches, (slice(None), slice(None), *(slice(own[0], own[-1] + 1) for own in live))
+    return (slice(None), slice(None), *(slice(own[0], own[-1] + 1) for own in live))
 
 
 def group_norm(layer: nn.GroupNorm, values: Tensor, backprops: Tensor) -> dict[Tensor, Gradient]:
