@@ -12,6 +12,7 @@ import argparse
 import csv
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -90,6 +91,8 @@ def settings(patients: int, rounds: int, steps: int) -> list[str]:
 
 def run_federation(folder: Path, overrides: list[str], number: int) -> dict[str, float]:
     """Seconds of `fedmed run`, from before the process starts until it has ended, and what it says of itself."""
+    # Of an earlier call in the same folder.
+    shutil.rmtree(folder / f"run-{number}", ignore_errors=True)
     seconds = timed(lambda: fedmed("run", *overrides, f"run_dir=run-{number}", folder=folder))
     summary = json.loads((folder / f"run-{number}" / "summary.json").read_text())
     epsilon = summary["privacy"]["consortium"]["one_site"]["epsilon"]
