@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.commands import FAST, ROOT, Commands, heavy, light, wait_for
-from tests.evidence import figure
+from tests.evidence import figure, some
 
 MAIN = "from fedmed.cli.main import main; main()"
 
@@ -185,7 +185,7 @@ def arguments(typed: str) -> list[str]:
     return typed.split(" ") if "\n" not in typed else [typed]
 
 
-@pytest.mark.parametrize(("typed", "says"), WRONG, ids=[typed[:60] or "empty" for typed, _ in WRONG])
+@pytest.mark.parametrize(("typed", "says"), some(WRONG, 2), ids=lambda text: text[:60] or "empty")
 def test_a_wrong_input_is_one_line_before_torch_loads(
     typed: str, says: str, light: Commands, folder: Path
 ) -> None:

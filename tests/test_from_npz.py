@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.commands import Commands, light, wait_for
+from tests.evidence import some
 
 
 @pytest.fixture(scope="module", name="light")
@@ -103,7 +104,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("typed", "says"), WRONG, ids=[typed for typed, _ in WRONG])
+@pytest.mark.parametrize(("typed", "says"), some(WRONG, 2))
 def test_a_wrong_input_is_one_line_and_leaves_nothing(
     typed: str, says: str, npz: Path, light: Commands, tmp_path: Path
 ) -> None:

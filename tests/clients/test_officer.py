@@ -8,6 +8,7 @@ import pytest
 import typer
 
 from clients.folder import SiteFolder
+from tests.evidence import some
 
 # `{site}` is a site with a cohort, `{elsewhere}` an empty folder.
 WRONG: dict[str, str] = {
@@ -29,7 +30,7 @@ WRONG: dict[str, str] = {
 }
 
 
-@pytest.mark.parametrize("typed", WRONG)
+@pytest.mark.parametrize("typed", some(WRONG, 2))
 def test_a_mistake_is_one_line_that_says_what_to_do(
     typed: str, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
