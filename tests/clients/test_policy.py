@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from clients.asked import not_private, shown, task_digest
@@ -189,6 +190,17 @@ def test_a_run_at_every_limit_is_allowed() -> None:
         adapters=("head",), scratch_models=("logistic",), tasks=(TITLE,), non_private=False,
     )  # fmt: skip
     limits.check(asked(), SITE)
+
+
+def test_the_site_of_readme_allows_the_run_of_readme() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    (words,) = re.findall(r'^run="(.*)"$', text, re.MULTILINE)
+    changed = dict(re.findall(r"s/\^(\w+): \.\*/\1: (.*?)/'", text))
+    assert changed.keys() == {"data", "patient_column", "tasks"}
+    site = Policy(name="Cleveland", **{key: yaml.safe_load(value) for key, value in changed.items()})
+    config = compose([*words.split(), "federation.sites=sites"])
+    plans = {name: make_plan(config, name) for name in config.task.declared_sizes}
+    site.check(Instruction.of(config, plans, run_id="r", round=1), "Cleveland")
 
 
 def test_the_site_s_own_plan_counts_not_another_site_s() -> None:
