@@ -1,6 +1,6 @@
 """How much faster an epoch is when the frozen part of an encoder was computed before, and what that takes on the disk.
 
-    python experiments/speed/cache.py [--records N] [--rounds N]
+    python experiments/speed/cache.py [--records N] [--rounds N] [--only KIND]
 
 A ViT-Tiny (12 blocks, 192 wide, 16 x 16 patches) with drawn weights on images of 224 x 224 pixels, one image a patient,
 every patient in every step of 16; patient-level DP-SGD, one thread. Sides alternate; medians are printed.
@@ -119,6 +119,7 @@ def main() -> None:
     )
     parser.add_argument("--records", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="", help="kinds whose name holds this")
     asked = parser.parse_args()
     one_thread()
     print(
@@ -135,7 +136,7 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         place = encoder(Path(folder) / "vit-tiny")
-        for name, overrides in kinds.items():
+        for name, overrides in ((name, kind) for name, kind in kinds.items() if asked.only in name):
             without, cached, fill, size, error = measured(place, asked.records, asked.rounds, *overrides)
             print(
                 f"{name:<34} {without:>8.2f}s {cached:>8.3f}s {without / cached:>7.1f} {fill:>8.2f}s "
