@@ -214,8 +214,8 @@ class TrainingConfig:
     # Records in memory at once; larger batches are split without changing the result. null: at most 256,
     # whose activations were seen to take at most 1 GB together.
     physical_batch_size: int | None = None
-    # What layers compute in while training: fp32, or bf16 where PyTorch's autocast would (faster for
-    # transformers: experiments/speed). Weights, gradients of patients, clipping, noise, the head and scores are fp32 or better.
+    # What layers compute in while training: fp32, or bf16 where PyTorch's autocast would (faster for transformers:
+    # experiments/speed). Weights, gradients of patients, clipping, noise, the head and scores are fp32 or better.
     precision: str = "fp32"
 
     def __post_init__(self) -> None:
