@@ -136,6 +136,8 @@ class FederationConfig:
     """Where the sites run, and how long the coordinator waits for them."""
 
     kind: str = "local"
+    # The coordinator's folder, of a consortium.
+    coordinator: str | None = None
     # Processes that play the sites: 0 picks one per core, up to the number of sites.
     workers: int = 1
     # The fraction of sites whose good replies a round needs.
@@ -149,7 +151,14 @@ class FederationConfig:
 
     def __post_init__(self) -> None:
         check_finite(self, "federation")
-        require(self.kind == "local", "federation.kind", self.kind, "local")
+        require(self.kind in ("local", "consortium"), "federation.kind", self.kind, "local or consortium")
+        require(self.coordinator != "", "federation.coordinator", "''", "a coordinator's folder")
+        require(
+            self.kind == "local" or self.sites is None,
+            "federation.sites",
+            self.sites,
+            "null with federation=consortium: its sites are elsewhere",
+        )
         require(self.workers >= 0, "federation.workers", self.workers, ">= 0")
         require(0 < self.quorum <= 1, "federation.quorum", self.quorum, "0 < quorum <= 1")
         require(self.timeout > 0, "federation.timeout", self.timeout, "> 0 seconds")
@@ -358,7 +367,7 @@ OPTIONS: dict[str, dict[str, type]] = {
     "strategy": {
         kind: StrategyConfig for kind in ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
     },
-    "federation": {"local": FederationConfig},
+    "federation": {kind: FederationConfig for kind in ("local", "consortium")},
     "tracking": {kind: TrackingConfig for kind in ("mlflow", "none")},
 }
 

@@ -44,7 +44,7 @@ from tests.clients.sites import (
 )
 from tests.evidence import some
 
-FAILED = (fedmed.flower.ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "site-failed")
+FAILED = (fedmed.flower.in_process.ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "site-failed")
 
 
 def test_every_registered_kind_of_task_has_a_planter() -> None:
@@ -224,8 +224,8 @@ def test_a_site_that_logs_a_value_is_found_out(stage: Stage, seen: Seen) -> None
     assert not leaks(stage.left(), stage.planted.canaries)
     assert leaks(seen.text(), stage.planted.canaries)
     with stage.patch.context() as patch:
-        error = fedmed.flower.Error
-        patch.setattr(fedmed.flower, "Error", lambda code, _reason: error(code, SAID))
+        error = fedmed.flower.in_process.Error
+        patch.setattr(fedmed.flower.in_process, "Error", lambda code, _reason: error(code, SAID))
         stage.planted.path.unlink()
         stage.rounds()
     assert leaks(stage.left(), stage.planted.canaries)

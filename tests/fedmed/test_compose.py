@@ -143,7 +143,7 @@ OTHERS: dict[type, tuple[str, list[str], dict[str, tuple[str, Any]]]] = {
     }),
     FederationConfig: ("federation.", [], {
         "workers": ("2", 2), "quorum": ("1", 1.0), "timeout": ("30", 30.0),
-        "sites": ("folder", "folder"), "approval_timeout": ("30", 30.0),
+        "sites": ("folder", "folder"), "coordinator": ("folder", "folder"), "approval_timeout": ("30", 30.0),
     }),
     TrackingConfig: ("tracking.", [], {"uri": ("sqlite:///a.db", "sqlite:///a.db"), "experiment": ("a", "a")}),
     TrainingConfig: ("training.", [], {

@@ -216,6 +216,7 @@ RANGES: list[tuple[type, str, list[Any], list[Any]]] = [
     (FederationConfig, "timeout", [0.1], [0.0, -1.0]),
     (FederationConfig, "approval_timeout", [0.0, 1.0], [-1.0]),
     (FederationConfig, "sites", [None, "sites"], [""]),
+    (FederationConfig, "coordinator", [None, "consortium"], [""]),
     (TrackingConfig, "kind", ["none"], ["wandb"]),
     (TrackingConfig, "uri", ["http://a"], [""]),
     (TrackingConfig, "experiment", ["a"], [""]),

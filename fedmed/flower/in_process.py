@@ -1,7 +1,6 @@
-"""Every touch of Flower's internals, for the pinned version.
+"""A Grid that calls a ClientApp in this process, or in worker processes forked from it: no SuperLink, no Ray.
 
-`InProcessGrid` calls a ClientApp in this process, or in worker processes forked from it, with no
-SuperLink and no Ray. The apps are the ones that a deployment runs.
+The apps are the ones that a deployment runs.
 """
 
 import importlib
