@@ -1,0 +1,261 @@
+"""The running app's side of a SuperLink: tasks for whoever executes them, and the Grid of a run."""
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from flwr.app import Message, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import SUPERLINK_NODE_ID, SubStatus
+from flwr.common.serde import message_from_proto, message_to_proto, user_config_from_proto
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
+from flwr.proto.node_pb2 import Node
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    GetNodesRequest,
+    PullAppMessagesRequest,
+    PullTaskInputRequest,
+    PushAppMessagesRequest,
+    PushTaskOutputRequest,
+    SendTaskHeartbeatRequest,
+)
+from flwr.serverapp import Grid
+from flwr.supercore.constant import NodeStatus, TaskType
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_pull_object_fn_protobuf,
+    make_push_object_fn_protobuf,
+)
+from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, SuperExecAuthHttpInterceptor
+from flwr.supercore.run import Run
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedmed.flower.gate import HOLD_HEADER
+from fedmed.flower.line import Headers, Line, LinkDown
+from fedmed.flower.objects import Push, failed, fetch, packed, unpacked, upload
+
+log = logging.getLogger("fedmed.coordinator")
+
+# A SuperLink that is started again is back within this many seconds.
+PATIENCE = 120.0
+ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
+
+
+class Tasks:
+    """Runs that wait for somebody to execute them.
+
+    Args:
+        secret: the bytes of the coordinator's control secret.
+        executor_secret: the bytes of its executor secret.
+        hold: seconds that `acquire` may wait for a task (20 at most).
+    """
+
+    def __init__(
+        self, address: str, *, ca: bytes | None, secret: bytes, executor_secret: bytes, hold: float = 2.0
+    ) -> None:
+        self._address, self._ca, self._secret = address, ca, secret
+        sign = SuperExecAuthHttpInterceptor(
+            master_secret=executor_secret, protected_methods=frozenset({ACQUIRE})
+        )
+        self._line = Line(
+            RuntimeHttpClient,
+            address,
+            ca=ca,
+            component="SuperExec",
+            secret=secret.hex(),
+            interceptors=(Headers(**{HOLD_HEADER: str(hold)}), sign),
+        )
+
+    def acquire(self) -> "Task | None":
+        """The next run to execute, or None.
+
+        Raises:
+            LinkDown: no SuperLink answers.
+        """
+        answer = self._line.call(
+            "AcquireTask", AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP])
+        )
+        if not (answer.HasField("task") and answer.token):
+            return None
+        return Task(self._address, self._ca, self._secret, token=answer.token, run=answer.task.run_id)
+
+    def close(self) -> None:
+        self._line.close()
+
+
+class Task:
+    """A run that this process has taken on.
+
+    Attributes:
+        token: what the run's own process proves its right with.
+        run: the run's number.
+    """
+
+    def __init__(self, address: str, ca: bytes | None, secret: bytes, *, token: str, run: int) -> None:
+        self.token, self.run = token, run
+        self._line = _runtime(address, ca, secret, token)
+
+    def begin(self) -> str:
+        """Mark the run as running; its settings."""
+        answer = self._line.call("PullTaskInput", PullTaskInputRequest(), patience=PATIENCE)
+        return str(user_config_from_proto(answer.run.override_config).get("overrides", ""))
+
+    def heartbeat(self) -> bool:
+        """Say that the run goes on; False: somebody has stopped it."""
+        return bool(self._line.call("SendTaskHeartbeat", SendTaskHeartbeatRequest()).success)
+
+    def finish(self, *, ok: bool, details: str) -> None:
+        """Say how the run ended."""
+        status = SubStatus.COMPLETED if ok else SubStatus.FAILED
+        request = PushTaskOutputRequest(sub_status=status, details=details)
+        self._line.call("PushTaskOutput", request, patience=PATIENCE)
+        self._line.close()
+
+
+class NetworkGrid(Grid):
+    """The Grid of a run over a SuperLink: replies are taken in one at a time, as they come.
+
+    Args:
+        token: of the run's task.
+        run: the run's number.
+    """
+
+    def __init__(self, address: str, *, ca: bytes | None, secret: bytes, token: str, run: int) -> None:
+        self._line = _runtime(address, ca, secret, token)
+        self._hold = Headers(**{HOLD_HEADER: "20"})
+        self._poll = _runtime(address, ca, secret, token, self._hold)
+        self._run = Run.create_empty(run_id=run)
+        self._node = Node(node_id=SUPERLINK_NODE_ID)
+        self._pushed: dict[str, Message] = {}
+        # A Message reads its run and source from this process-wide identity.
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run, SUPERLINK_NODE_ID
+
+    def sites(self) -> dict[str, int]:
+        """The admitted sites that are online, by the names that they were admitted under."""
+        answer = self._line.call("GetNodes", GetNodesRequest(), patience=PATIENCE)
+        return {node.name: node.node_id for node in answer.nodes if node.status == NodeStatus.ONLINE}
+
+    def gather(self, messages: Iterable[Message], *, timeout: float | None) -> Iterator[Message]:
+        """Send messages, and yield the replies as they come; after `timeout` seconds no more.
+
+        A message that was not fetched by then is never delivered: nobody works for a round that is over.
+
+        Raises:
+            LinkError: the SuperLink cannot be reached for two minutes, or the run was stopped.
+        """
+        end = time.monotonic() + (timeout or 3e9)
+        waits = dict(self._push(message, timeout) for message in messages)
+        while waits and (left := end - time.monotonic()) > 0:
+            yield from self._arrived(waits, hold=min(20.0, left))
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        return list(self.gather(messages, timeout=timeout))
+
+    def _push(self, message: Message, ttl: float | None = None) -> tuple[str, Message]:
+        """Send one message; its id, and itself."""
+        if ttl is not None:
+            message.metadata.__dict__["_ttl"] = ttl
+        whole = message.content
+        message.content = packed(whole)
+
+        def announce(message: Message, tree: ObjectTree) -> tuple[set[str], Push]:
+            request = PushAppMessagesRequest(
+                messages_list=[message_to_proto(remove_content_from_message(message))],
+                message_object_trees=[tree],
+            )
+            answer = self._line.call("PushMessages", request, patience=PATIENCE)
+            push = make_push_object_fn_protobuf(
+                lambda what: self._line.call("PushObject", what, patience=PATIENCE),
+                self._node,
+                self._run.run_id,
+                answer.session_id,
+            )
+            return set(answer.objects_to_push), push
+
+        try:
+            upload(message, announce)
+        finally:
+            message.content = whole
+        return message.metadata.message_id, message
+
+    def _arrived(self, waits: dict[str, Message], *, hold: float) -> Iterator[Message]:
+        """The replies that are there, once there are any; what they answer is taken out of `waits`."""
+        self._hold.values[HOLD_HEADER] = f"{hold:.3f}"
+        answer = self._poll.call("PullMessages", PullAppMessagesRequest(message_ids=waits), patience=PATIENCE)
+        for proto, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
+            sent = waits.pop(message_from_proto(proto).metadata.reply_to_message_id, None)
+            if sent is not None:
+                yield self._reply(tree, sent)
+
+    def _reply(self, tree: ObjectTree, sent: Message) -> Message:
+        try:
+            pull = make_pull_object_fn_protobuf(
+                lambda what: self._line.call("PullObject", what, patience=PATIENCE),
+                self._node,
+                self._run.run_id,
+            )
+            reply = fetch(tree, pull)
+            done = ConfirmMessageReceivedRequest(
+                node=self._node, run_id=self._run.run_id, message_object_id=tree.object_id
+            )
+            self._line.call("ConfirmMessageReceived", done, patience=PATIENCE)
+            if reply.has_content():
+                reply.content = unpacked(reply.content)
+            return reply
+        except LinkDown:
+            raise
+        # Whatever a site sends must not end the run.
+        except Exception as error:
+            log.warning("a reply could not be read (%s)", type(error).__name__)
+            return failed(sent, "unreadable")
+
+    def set_run(self, run: Run) -> None:
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.sites().values())
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        pushed = dict(self._push(message) for message in messages)
+        self._pushed |= pushed
+        return list(pushed)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        waits = {key: self._pushed[key] for key in message_ids if key in self._pushed}
+        arrived = list(self._arrived(waits, hold=0.0)) if waits else []
+        for reply in arrived:
+            del self._pushed[reply.metadata.reply_to_message_id]
+        return arrived
+
+    def close(self) -> None:
+        """Hang up."""
+        self._line.close()
+        self._poll.close()
+
+
+def _runtime(address: str, ca: bytes | None, secret: bytes, token: str, *interceptors: Any) -> Line:
+    return Line(
+        RuntimeHttpClient,
+        address,
+        ca=ca,
+        component="flwr-serverapp",
+        secret=secret.hex(),
+        interceptors=(*interceptors, RuntimeTokenHttpInterceptor(token)),
+    )
