@@ -172,10 +172,11 @@ def test_records_for_outside_are_built_by_the_gate_alone() -> None:
         (path.relative_to(ROOT).as_posix(), inside)
         for path in FILES
         for inside, name in calls(path)
-        if name == "Message"
+        # A method of Flower's Grid that nothing here calls.
+        if name == "Message" and inside != "create_message"
     }
     assert messages == {
         ("clients/client_app.py", "_reply"), ("strategies/sites.py", "_ask"),
-        ("fedmed/flower/in_process.py", "create_message"),
         ("fedmed/flower/in_process.py", "constant_failure"), ("fedmed/flower/in_process.py", "_unavailable"),
+        ("fedmed/flower/objects.py", "failed"),
     }  # fmt: skip

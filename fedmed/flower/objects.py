@@ -1,11 +1,16 @@
 """Messages as the objects that Flower moves: one array in memory at a time, small contents in one piece."""
 
+import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
+from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.app.error import Error
+from flwr.app.message import make_message, remove_content_from_message
 from flwr.common.constant import ErrorCode
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import (
     InflatableObject,
@@ -20,7 +25,7 @@ from fedmed.flower.line import LinkError, attempts
 from fedmed.records import array_bytes, from_bytes, to_bytes
 
 PACKED = "packed"
-# Each object costs a request. Below this size, all of a content travels as one.
+# Each object costs requests. Below this size a content travels within its message, as one value.
 SMALL = 1_000_000
 # While the other end still uploads, an object is asked for this many seconds.
 PATIENCE = 60.0
@@ -28,26 +33,54 @@ PATIENCE = 60.0
 Push = Callable[[str, bytes], None]
 
 
-def packed(content: RecordDict) -> RecordDict:
-    """The same content in one record, where that is small."""
-    if array_bytes(content) > SMALL:
-        return content
-    return RecordDict({PACKED: ConfigRecord({"content": to_bytes(content)})})
+@dataclass(frozen=True)
+class Parcel:
+    """A message as Flower takes it: what is announced, and the objects that follow."""
+
+    proto: ProtoMessage
+    tree: ObjectTree
+    objects: dict[str, InflatableObject]
+
+    @classmethod
+    def of(cls, message: Message) -> "Parcel":
+        """Pack a message, which gets its id; its content stays as it is."""
+        if message.has_content() and array_bytes(message.content) <= SMALL:
+            # No object follows, but Flower wants to know one by the message's id.
+            message.metadata.__dict__["_message_id"] = secrets.token_hex(32)
+            value = ConfigRecord({"content": to_bytes(message.content)})
+            small = make_message(metadata=message.metadata, content=RecordDict({PACKED: value}))
+            return cls(message_to_proto(small), ObjectTree(object_id=message.metadata.message_id), {})
+        message.metadata.__dict__["_message_id"] = message.object_id
+        with no_object_id_recompute():
+            tree, objects = get_object_tree(message), get_all_nested_objects(message)
+        return cls(message_to_proto(remove_content_from_message(message)), tree, objects)
+
+    def send(self, lacking: Container[str], push: Push) -> None:
+        """Send the objects that the other end lacks."""
+        for key in list(self.objects):
+            part = self.objects.pop(key)
+            if key in lacking:
+                push(key, part.deflate())
 
 
-def unpacked(content: RecordDict) -> RecordDict:
-    """What `packed` was given.
+def received(proto: ProtoMessage, tree: ObjectTree, pull: Callable[[str], bytes]) -> tuple[Message, bool]:
+    """A message that was announced, and whether objects of it were fetched.
+
+    Args:
+        pull: an object's bytes; raises `ObjectUnavailableError` while it is still on its way.
 
     Raises:
-        LinkError: it is damaged.
+        LinkError: it is damaged, or a part of it is missing.
     """
-    if PACKED not in content:
-        return content
+    message = message_from_proto(proto)
+    if not message.has_content() or PACKED not in message.content:
+        return fetch(tree, pull), True
     try:
-        return from_bytes(bytes(content.config_records[PACKED]["content"]))
+        content = from_bytes(bytes(message.content.config_records[PACKED]["content"]))
     # Whatever the other end sends, parsers may raise anything.
     except Exception as error:
         raise LinkError(f"a message's content is damaged ({type(error).__name__})") from None
+    return make_message(metadata=message.metadata, content=content), False
 
 
 def fetch(tree: ObjectTree, pull: Callable[[str], bytes]) -> Message:
@@ -82,21 +115,6 @@ def _inflated(tree: ObjectTree, pull: Callable[[str], bytes], end: float) -> Inf
         raise LinkError("a part of a message did not come in time")
     kind, _, _ = get_object_head_values_from_object_content(content)
     return inflatable_class_registry[kind].inflate(content, children)
-
-
-def upload(message: Message, announce: Callable[[Message, ObjectTree], tuple[set[str], Push]]) -> None:
-    """Send a message: its tree, then those of its objects that the other end lacks.
-
-    Args:
-        announce: gets message and tree; answers with the lacking objects' ids, and what sends one.
-    """
-    message.metadata.__dict__["_message_id"] = message.object_id
-    with no_object_id_recompute():
-        tree, objects = get_object_tree(message), get_all_nested_objects(message)
-        lacking, push = announce(message, tree)
-        for key, part in objects.items():
-            if key in lacking:
-                push(key, part.deflate())
 
 
 def failed(message: Message, reason: str) -> Message:

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from flwr.app import Message, RecordDict
-from flwr.app.message import remove_content_from_message
 from flwr.common.constant import SUPERLINK_NODE_ID, SubStatus
-from flwr.common.serde import message_from_proto, message_to_proto, user_config_from_proto
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
+from flwr.common.serde import user_config_from_proto
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
@@ -33,12 +32,14 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedmed.flower.gate import HOLD_HEADER
 from fedmed.flower.line import Headers, Line, LinkDown
-from fedmed.flower.objects import Push, failed, fetch, packed, unpacked, upload
+from fedmed.flower.objects import Parcel, failed, received
 
 log = logging.getLogger("fedmed.coordinator")
 
 # A SuperLink that is started again is back within this many seconds.
 PATIENCE = 120.0
+# How many small messages are sent in one request.
+AT_ONCE = 16
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 
 
@@ -145,7 +146,7 @@ class NetworkGrid(Grid):
             LinkError: the SuperLink cannot be reached for two minutes, or the run was stopped.
         """
         end = time.monotonic() + (timeout or 3e9)
-        waits = dict(self._push(message, timeout) for message in messages)
+        waits = self._push(messages, timeout)
         while waits and (left := end - time.monotonic()) > 0:
             yield from self._arrived(waits, hold=min(20.0, left))
 
@@ -154,56 +155,59 @@ class NetworkGrid(Grid):
     ) -> Iterable[Message]:
         return list(self.gather(messages, timeout=timeout))
 
-    def _push(self, message: Message, ttl: float | None = None) -> tuple[str, Message]:
-        """Send one message; its id, and itself."""
-        if ttl is not None:
-            message.metadata.__dict__["_ttl"] = ttl
-        whole = message.content
-        message.content = packed(whole)
+    def _push(self, messages: Iterable[Message], ttl: float | None = None) -> dict[str, Message]:
+        """Send messages; they by their ids."""
+        small: list[tuple[Parcel, Message]] = []
+        sent = {}
+        for message in messages:
+            if ttl is not None:
+                message.metadata.__dict__["_ttl"] = ttl
+            parcel = Parcel.of(message)
+            sent[message.metadata.message_id] = message
+            if parcel.objects:
+                # One at a time: a large one is in memory as long as it is being sent.
+                self._announce([parcel])
+            else:
+                small.append((parcel, message))
+        for start in range(0, len(small), AT_ONCE):
+            self._announce([parcel for parcel, _ in small[start : start + AT_ONCE]])
+        return sent
 
-        def announce(message: Message, tree: ObjectTree) -> tuple[set[str], Push]:
-            request = PushAppMessagesRequest(
-                messages_list=[message_to_proto(remove_content_from_message(message))],
-                message_object_trees=[tree],
-            )
-            answer = self._line.call("PushMessages", request, patience=PATIENCE)
-            push = make_push_object_fn_protobuf(
-                lambda what: self._line.call("PushObject", what, patience=PATIENCE),
-                self._node,
-                self._run.run_id,
-                answer.session_id,
-            )
-            return set(answer.objects_to_push), push
+    def _announce(self, parcels: list[Parcel]) -> None:
+        request = PushAppMessagesRequest(
+            messages_list=[parcel.proto for parcel in parcels],
+            message_object_trees=[parcel.tree for parcel in parcels],
+        )
+        answer = self._line.call("PushMessages", request, patience=PATIENCE)
 
-        try:
-            upload(message, announce)
-        finally:
-            message.content = whole
-        return message.metadata.message_id, message
+        def push(what: Any) -> Any:
+            return self._line.call("PushObject", what, patience=PATIENCE)
+
+        send = make_push_object_fn_protobuf(push, self._node, self._run.run_id, answer.session_id)
+        for parcel in parcels:
+            parcel.send(set(answer.objects_to_push), send)
 
     def _arrived(self, waits: dict[str, Message], *, hold: float) -> Iterator[Message]:
         """The replies that are there, once there are any; what they answer is taken out of `waits`."""
         self._hold.values[HOLD_HEADER] = f"{hold:.3f}"
         answer = self._poll.call("PullMessages", PullAppMessagesRequest(message_ids=waits), patience=PATIENCE)
         for proto, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
-            sent = waits.pop(message_from_proto(proto).metadata.reply_to_message_id, None)
+            sent = waits.pop(proto.metadata.reply_to_message_id, None)
             if sent is not None:
-                yield self._reply(tree, sent)
+                yield self._reply(proto, tree, sent)
 
-    def _reply(self, tree: ObjectTree, sent: Message) -> Message:
+    def _reply(self, proto: Any, tree: Any, sent: Message) -> Message:
+        def request(what: Any) -> Any:
+            return self._line.call("PullObject", what, patience=PATIENCE)
+
         try:
-            pull = make_pull_object_fn_protobuf(
-                lambda what: self._line.call("PullObject", what, patience=PATIENCE),
-                self._node,
-                self._run.run_id,
-            )
-            reply = fetch(tree, pull)
-            done = ConfirmMessageReceivedRequest(
-                node=self._node, run_id=self._run.run_id, message_object_id=tree.object_id
-            )
-            self._line.call("ConfirmMessageReceived", done, patience=PATIENCE)
-            if reply.has_content():
-                reply.content = unpacked(reply.content)
+            pull = make_pull_object_fn_protobuf(request, self._node, self._run.run_id)
+            reply, fetched = received(proto, tree, pull)
+            if fetched:
+                done = ConfirmMessageReceivedRequest(
+                    node=self._node, run_id=self._run.run_id, message_object_id=tree.object_id
+                )
+                self._line.call("ConfirmMessageReceived", done, patience=PATIENCE)
             return reply
         except LinkDown:
             raise
@@ -233,7 +237,7 @@ class NetworkGrid(Grid):
         return list(self.sites().values())
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        pushed = dict(self._push(message) for message in messages)
+        pushed = self._push(messages)
         self._pushed |= pushed
         return list(pushed)
 

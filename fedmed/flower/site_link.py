@@ -3,15 +3,12 @@
 import contextlib
 import logging
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
-from flwr.app.message import remove_content_from_message
-from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fab_pb2 import GetFabRequest
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
@@ -20,7 +17,7 @@ from flwr.proto.fleet_pb2 import (
     PushMessagesRequest,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
 from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
@@ -34,7 +31,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from fedmed.flower.bundle import Bundle, read_bundle
 from fedmed.flower.gate import HOLD_HEADER
 from fedmed.flower.line import Headers, Line, LinkDown, LinkError, LinkRefused
-from fedmed.flower.objects import fetch, packed, unpacked, upload
+from fedmed.flower.objects import Parcel, received
 
 log = logging.getLogger("fedmed.link")
 
@@ -112,27 +109,26 @@ class SiteLink:
         answer = self._use(self._poll).call("PullMessages", PullMessagesRequest(node=self._node))
         if not answer.messages_list:
             return None
-        metadata = message_from_proto(answer.messages_list[0]).metadata
-        run, tree = metadata.run_id, answer.message_object_trees[0]
-        line = self._use(self._line)
+        proto, tree = answer.messages_list[0], answer.message_object_trees[0]
+        run, line = proto.metadata.run_id, self._use(self._line)
 
         def request(what: Any) -> Any:
             return line.call("PullObject", what, patience=PATIENCE)
 
         try:
-            message = fetch(tree, make_pull_object_fn_protobuf(request, self._node, run))
-            done = ConfirmMessageReceivedRequest(
-                node=self._node, run_id=run, message_object_id=tree.object_id
-            )
-            line.call("ConfirmMessageReceived", done, patience=PATIENCE)
+            pull = make_pull_object_fn_protobuf(request, self._node, run)
+            message, fetched = received(proto, tree, pull)
+            if fetched:
+                done = ConfirmMessageReceivedRequest(
+                    node=self._node, run_id=run, message_object_id=tree.object_id
+                )
+                line.call("ConfirmMessageReceived", done, patience=PATIENCE)
         except LinkDown:
             raise
         except Exception as error:
             # Its run has ended meanwhile, or it is none of ours.
             log.warning("a request was dropped: %s", type(error).__name__)
             return None
-        if message.has_content():
-            message.content = unpacked(message.content)
         return Request(run=run, message=message)
 
     def bundle(self, run: int) -> Bundle:
@@ -154,28 +150,21 @@ class SiteLink:
             LinkError: nobody wants it any more: its round or its run has ended.
         """
         line = self._use(self._line)
-        if reply.has_content():
-            reply.content = packed(reply.content)
+        parcel = Parcel.of(reply)
+        announced = PushMessagesRequest(
+            node=self._node,
+            messages_list=[parcel.proto],
+            message_object_trees=[parcel.tree],
+            # How long it took may tell something of the data (privacy.md, rule 19).
+            clientapp_runtime_list=[0.0],
+        )
+        answer = line.call("PushMessages", announced, patience=PATIENCE)
 
-        def announce(message: Message, tree: ObjectTree) -> tuple[set[str], Callable[[str, bytes], None]]:
-            bare = remove_content_from_message(message) if message.has_content() else message
-            announced = PushMessagesRequest(
-                node=self._node,
-                messages_list=[message_to_proto(bare)],
-                message_object_trees=[tree],
-                # How long it took may tell something of the data (privacy.md, rule 19).
-                clientapp_runtime_list=[0.0],
-            )
-            answer = line.call("PushMessages", announced, patience=PATIENCE)
-            push = make_push_object_fn_protobuf(
-                lambda what: line.call("PushObject", what, patience=PATIENCE),
-                self._node,
-                request.run,
-                answer.session_id,
-            )
-            return set(answer.objects_to_push), push
+        def push(what: Any) -> Any:
+            return line.call("PushObject", what, patience=PATIENCE)
 
-        upload(reply, announce)
+        send = make_push_object_fn_protobuf(push, self._node, request.run, answer.session_id)
+        parcel.send(set(answer.objects_to_push), send)
 
     def close(self) -> None:
         """Leave the place."""

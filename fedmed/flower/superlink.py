@@ -113,6 +113,8 @@ def _serve(args: argparse.Namespace) -> None:
         port=args.port,
         log_config=get_uvicorn_log_config(logging.INFO),
         access_log=False,
+        # A site that says something every few seconds keeps its connection.
+        timeout_keep_alive=60,
         ssl_keyfile=args.key,
         ssl_certfile=args.certificate,
     )

@@ -5,6 +5,7 @@ import ipaddress
 import os
 import secrets
 import socket
+import ssl
 import subprocess
 import time
 from dataclasses import dataclass, field
@@ -32,37 +33,45 @@ def pem_of(key: ec.EllipticCurvePrivateKey) -> bytes:
     )
 
 
-def write_certificates(folder: Path, *, days: int = 1, ca: "x509.Certificate | None" = None) -> None:
-    """`ca.pem`, `server.pem` and `server.key` for 127.0.0.1; with `days` negative, they have expired."""
-    del ca
+def write_certificates(folder: Path, *, days: int = 1) -> None:
+    """`server.pem` and `server.key` for 127.0.0.1, and the CA where there is none; with negative days, expired."""
     now = datetime.datetime.now(datetime.UTC)
-    began, ends = now - datetime.timedelta(days=30), now + datetime.timedelta(days=days)
-    ca_key, server_key = new_key(), new_key()
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"test CA {secrets.token_hex(4)}")])
+    if not (folder / "ca.key").exists():
+        _write_key(folder / "ca.key", new_key())
+    ca_key = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), password=None)
+    assert isinstance(ca_key, ec.EllipticCurvePrivateKey)
+    server_key = new_key()
+    issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"CA of {folder.name}"[:60])])
 
     def built(
-        subject: x509.Name, key: ec.EllipticCurvePrivateKey, *, authority: bool
+        name: x509.Name, key: ec.EllipticCurvePrivateKey, *, authority: bool, days: int
     ) -> x509.CertificateBuilder:
         return (
             x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(name)
+            .subject_name(name)
+            .issuer_name(issuer)
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
-            .not_valid_before(began)
-            .not_valid_after(ends)
+            .not_valid_before(now - datetime.timedelta(days=30))
+            .not_valid_after(now + datetime.timedelta(days=days))
             .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
         )
 
-    authority = built(name, ca_key, authority=True).sign(ca_key, hashes.SHA384())
+    if not (folder / "ca.pem").exists():
+        authority = built(issuer, ca_key, authority=True, days=30).sign(ca_key, hashes.SHA384())
+        (folder / "ca.pem").write_bytes(authority.public_bytes(serialization.Encoding.PEM))
     host = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
-    server = built(subject, server_key, authority=False).add_extension(host, critical=False)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    server = built(name, server_key, authority=False, days=days).add_extension(host, critical=False)
+    _write_key(folder / "server.key", server_key)
+    # Last: the SuperLink looks at this one for changes.
     signed = server.sign(ca_key, hashes.SHA384())
-    (folder / "ca.pem").write_bytes(authority.public_bytes(serialization.Encoding.PEM))
     (folder / "server.pem").write_bytes(signed.public_bytes(serialization.Encoding.PEM))
-    (folder / "server.key").write_bytes(
-        server_key.private_bytes(
+
+
+def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
+    path.write_bytes(
+        key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
     )
@@ -103,6 +112,10 @@ class Network:
     @property
     def log(self) -> str:
         return (self.folder / "log").read_text()
+
+    def served(self) -> str:
+        """The certificate that a new connection meets, in PEM."""
+        return ssl.get_server_certificate(("127.0.0.1", self.port))
 
     def start(self) -> None:
         line = command(
