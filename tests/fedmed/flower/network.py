@@ -37,7 +37,7 @@ def write_certificates(folder: Path, *, days: int = 1) -> None:
     """`server.pem` and `server.key` for 127.0.0.1, and the CA where there is none; with negative days, expired."""
     now = datetime.datetime.now(datetime.UTC)
     if not (folder / "ca.key").exists():
-        _write_key(folder / "ca.key", new_key())
+        write_key(folder / "ca.key", new_key())
     ca_key = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), password=None)
     assert isinstance(ca_key, ec.EllipticCurvePrivateKey)
     server_key = new_key()
@@ -63,13 +63,13 @@ def write_certificates(folder: Path, *, days: int = 1) -> None:
     host = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
     server = built(name, server_key, authority=False, days=days).add_extension(host, critical=False)
-    _write_key(folder / "server.key", server_key)
+    write_key(folder / "server.key", server_key)
     # Last: the SuperLink looks at this one for changes.
     signed = server.sign(ca_key, hashes.SHA384())
     (folder / "server.pem").write_bytes(signed.public_bytes(serialization.Encoding.PEM))
 
 
-def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
+def write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
     path.write_bytes(
         key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
