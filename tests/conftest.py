@@ -5,6 +5,7 @@ import os
 import random
 import secrets
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-from tests import evidence, kept
+from tests import evidence, kept, readers
+from tests.commands import same_key
 from tests.evidence import count as count
 
 
@@ -40,7 +42,9 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.TemporaryDirectory(prefix="fedmed-kept-")
         config.add_cleanup(folder.cleanup)
         os.environ[kept.FOLDER] = folder.name
-    kept.keep()
+    # The process that starts the workers of pytest-xdist runs no test.
+    if not getattr(config.option, "numprocesses", None):
+        kept.keep()
     if config.pluginmanager.hasplugin("xdist"):
         config.pluginmanager.register(_Workers())
 
@@ -56,6 +60,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             if stats.get(name)
         }
         terminalreporter.write_line(f"summary: {evidence.write(outcomes)}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _whole_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For fixtures of a module or of the session, which are made before those of a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDMED_HOME", str(tmp_path_factory.mktemp("fedmed-home")))
+        patch.setattr(
+            "fedmed.data.split.secrets", SimpleNamespace(token_bytes=same_key, token_hex=secrets.token_hex)
+        )
+        if not evidence.FULL:
+            patch.setattr("fedmed.dicom.workers.subprocess", readers.FORKS)
+        yield
 
 
 @pytest.fixture(autouse=True)

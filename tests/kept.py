@@ -1,7 +1,8 @@
-"""What dp-accounting works out about one step is kept for all processes of `make test`.
+"""What takes its time and depends on arguments alone is kept for all processes of `make test`.
 
-The same few steps are asked for again and again, by the code and by the oracles, at up to a second each. Both
-functions depend on their arguments alone. `make test-full` works everything out anew.
+What dp-accounting works out about one step, and what we make of it: the same few steps are asked for again and again,
+by the code and by the oracles, at up to a second each. What Hydra composes of the same few options. `make test-full`
+works everything out anew.
 """
 
 import functools
@@ -26,18 +27,25 @@ def keep() -> None:
     from dp_accounting.pld import privacy_loss_distribution
     from dp_accounting.rdp import rdp_privacy_accountant
 
+    from fedmed import compose
+    from fedmed.privacy import accounting
+
     for module, name in (
         (privacy_loss_distribution, "from_gaussian_mechanism"),
         (rdp_privacy_accountant, "_compute_rdp_poisson_subsampled_gaussian"),
+        (accounting, "_epsilon_of"),
+        (compose, "_composed"),
     ):
         function = getattr(module, name)
-        if not hasattr(function, "__wrapped__"):
+        if not hasattr(function, "kept"):
             setattr(module, name, kept(function, Path(os.environ[FOLDER])))
 
 
 def kept(function: Callable[..., Any], folder: Path) -> Callable[..., Any]:
-    """The same function, with its results in files: whoever asks gets an object of its own."""
+    """The same function, with its results in files: another process gets an object of its own."""
     signature = inspect.signature(function)
+    cached = hasattr(function, "cache_info")
+    function = inspect.unwrap(function)
 
     @functools.wraps(function)
     def asked(*arguments: Any, **options: Any) -> Any:
@@ -53,4 +61,6 @@ def kept(function: Callable[..., Any], folder: Path) -> Callable[..., Any]:
         os.replace(draft, path)
         return made
 
-    return asked
+    found = functools.cache(asked) if cached else asked
+    found.kept = True  # type: ignore[attr-defined]
+    return found

@@ -10,6 +10,7 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -56,9 +57,10 @@ def in_child(site: Path, asked: Instruction, arrays: Arrays, writing: int) -> No
         os.write(writing, len(reply).to_bytes(4) + reply)
 
 
-def lived(site: Path, asked: Instruction, arrays: Arrays, *, seconds: float) -> tuple[list[bytes], bool]:
-    """Start the process, kill it that long after its first sign of life; the replies that left, and whether it was
-    killed."""
+def lived(
+    site: Path, asked: Instruction, arrays: Arrays, *, after: int, seconds: float
+) -> tuple[list[bytes], bool]:
+    """Start the process, kill it that long after so many replies; the replies that left, and whether it was killed."""
     reading, writing = os.pipe()
     pid = os.fork()
     if not pid:
@@ -68,20 +70,24 @@ def lived(site: Path, asked: Instruction, arrays: Arrays, *, seconds: float) -> 
             in_child(site, asked, arrays, writing)
         os._exit(0)
     os.close(writing)
-    assert os.read(reading, 1) == b"!"
-    ended = os.pidfd_open(pid)
-    select.select([ended], [], [], seconds)
-    os.close(ended)
-    os.kill(pid, signal.SIGKILL)
     with os.fdopen(reading, "rb") as file:
-        data = file.read()
+        assert file.read(1) == b"!"
+        replies = [reply for _ in range(after) if (reply := whole_reply(file)) is not None]
+        ended = os.pidfd_open(pid)
+        select.select([ended], [], [], seconds)
+        os.close(ended)
+        os.kill(pid, signal.SIGKILL)
+        while (reply := whole_reply(file)) is not None:
+            replies.append(reply)
     killed = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-    replies = []
-    while len(data) >= 4 and len(data) >= 4 + int.from_bytes(data[:4]):
-        size = int.from_bytes(data[:4])
-        replies.append(data[4 : 4 + size])
-        data = data[4 + size :]
     return replies, killed
+
+
+def whole_reply(file: IO[bytes]) -> bytes | None:
+    """The next reply of `in_child`; None where the process ended before it was whole."""
+    size = file.read(4)
+    reply = file.read(int.from_bytes(size))
+    return reply if len(size) == 4 and len(reply) == int.from_bytes(size) else None
 
 
 def test_killed_at_random_it_shows_every_round_that_left(tmp_path: Path, asked: Instruction) -> None:
@@ -110,8 +116,8 @@ def test_killed_at_random_it_shows_every_round_that_left(tmp_path: Path, asked: 
                 run.run_id, cohort="default", purpose="train", rounds=ROUNDS,
                 event=next(hold.event for hold in account(warm).holds.values()),
             )  # fmt: skip
-        # Anywhere between before the first round and in the sixth.
-        replies, killed = lived(site, run, arrays, seconds=draws.uniform(0, 6 * each))
+        # Anywhere between before the first round and in the sixth, however long a busy machine takes for a round.
+        replies, killed = lived(site, run, arrays, after=index % 6, seconds=draws.uniform(0, each))
         kills += killed
         left += len(replies)
         # A fresh reader, as the next process of the site would be.

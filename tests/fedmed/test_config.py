@@ -5,7 +5,6 @@ import inspect
 import json
 import math
 import re
-import time
 import typing
 from typing import Any
 
@@ -33,6 +32,7 @@ from fedmed.pretrained import ModelAbout, PretrainedConfig
 from fedmed.records import Instruction, instruction_record, to_bytes
 from fedmed.schema import from_dict, to_dict, type_in_words
 from fedmed.task import ColumnConfig, ImageTaskConfig, TableTaskConfig
+from tests.timing import best
 
 NUMERIC = {"low": 0.0, "high": 1.0}
 # The least that each class can be built from, and the name that its messages begin with.
@@ -524,7 +524,9 @@ GROUP = "(" + "|".join("." * n for n in range(1, 9)) + ")"
 def test_the_worst_pattern_that_is_allowed_takes_no_time(pattern: str) -> None:
     """One that fits no name, tried in every way."""
     asked = PretrainedConfig(path="x", sha256="a" * 64, lora_targets=pattern).lora_targets
-    began = time.process_time()
-    for name in ("attention.attention.query", "a." * 50):
-        assert re.fullmatch(rf"(.*\.)?({asked})", name) is None
-    assert time.process_time() - began < 0.5
+
+    def match() -> None:
+        for name in ("attention.attention.query", "a." * 50):
+            assert re.fullmatch(rf"(.*\.)?({asked})", name) is None
+
+    assert best(match, enough=0.5) <= 0.5

@@ -22,7 +22,7 @@ def megabytes(size: int = MEGABYTES) -> np.ndarray:
 
 def until(ready: Callable[[], bool]) -> None:
     """Wait for the sampling thread, which nobody can wait on."""
-    end = time.monotonic() + 20
+    end = time.monotonic() + 120
     while not ready():
         assert time.monotonic() < end
         threading.Event().wait(0.005)

@@ -105,7 +105,7 @@ def test_processes_that_ask_at_once_get_the_same_key(home: Path, tmp_path: Path)
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
     start.touch()
-    keys = {process.communicate(timeout=60)[0] for process in processes}
+    keys = {process.communicate(timeout=200)[0] for process in processes}
     assert [process.returncode for process in processes] == [0] * 4
     assert len(keys) == 1
     assert len(set(keys.pop().split())) == 50

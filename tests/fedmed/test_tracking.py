@@ -207,7 +207,7 @@ def test_a_place_that_cannot_be_written_to_is_one_line_at_once(name: str, tmp_pa
     began = time.monotonic()
     with pytest.raises(ConfigError) as error:
         check(TrackingConfig(uri=uri))
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     assert str(error.value).startswith(f"tracking.uri={uri}: ")
     assert "expected e.g. sqlite:///mlruns.db" in str(error.value)
     assert "\n" not in str(error.value)

@@ -1,5 +1,6 @@
 """The loop over sites that fail, lie, dawdle or die: the others go on, or the run says what is missing."""
 
+import contextlib
 import io
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ from fedmed.records import Arrays, Instruction, Receipt, scores_record, update_r
 from strategies.folder import Progress
 from strategies.sites import Sites
 from tests.strategies.apps import NAMES, Federation, Train, client_app, lying, mean_of, run_config, start
+from tests.timing import PATIENCE
 
 
 def changed(**changes: Callable[[np.ndarray], np.ndarray]) -> Train:
@@ -188,6 +190,13 @@ def test_a_quorum_s_fraction_is_not_rounded_up_by_a_binary_hair() -> None:
         federation.run()
 
 
+def run_or_none(federation: Federation) -> Progress | None:
+    """The rounds; None where a busy machine let nobody answer in time."""
+    with contextlib.suppress(RunError):
+        return federation.run()
+    return None
+
+
 def test_who_is_later_than_the_time_out_counts_as_absent() -> None:
     """The hung site never answers; the round lasts as long as the time-out, and the quorum decides."""
     hang = multiprocessing.Event()
@@ -196,11 +205,15 @@ def test_who_is_later_than_the_time_out_counts_as_absent() -> None:
         hang.wait()
         raise AssertionError
 
-    config = run_config("federation.timeout=0.3", "rounds=1")
-    with Federation(config, client_app({"C": wait_for_ever}), workers=4) as federation:
-        federation.loop.score_rounds = False
-        progress = federation.run()
-    assert 0.25 < progress.seconds < 5
+    for timeout in PATIENCE:
+        config = run_config(f"federation.timeout={timeout}", "federation.quorum=0.01", "rounds=1")
+        with Federation(config, client_app({"C": wait_for_ever}), workers=4) as federation:
+            federation.loop.score_rounds = False
+            progress = run_or_none(federation)
+        if progress and len(progress.history[0]["dropped"]) == 1:
+            break
+    assert progress is not None
+    assert 0.8 * timeout < progress.seconds < timeout + 60
     assert progress.history[0]["dropped"] == {"C": "no answer"}
     np.testing.assert_allclose(progress.arrays["w"], np.float32(np.mean([1, 11, 31])), rtol=1e-6)
 
@@ -212,19 +225,35 @@ def test_one_process_keeps_to_the_time_out_as_many_do() -> None:
     def slow(_: Instruction, good: Receipt, delta: Arrays) -> RecordDict:
         begun.append(good.site)
         # An event that nobody sets: a wait, not a guess about another process.
-        multiprocessing.Event().wait(0.4)
+        multiprocessing.Event().wait(1.3 * timeout)
         return update_record(good, delta)
 
-    config = run_config("federation.timeout=0.3", "federation.quorum=0.25", "rounds=1")
-    with Federation(config, client_app(dict.fromkeys("BCD", slow))) as federation:
-        federation.loop.score_rounds = False
-        progress = federation.run()
+    for timeout in PATIENCE:
+        begun.clear()
+        config = run_config(f"federation.timeout={timeout}", "federation.quorum=0.25", "rounds=1")
+        with Federation(config, client_app(dict.fromkeys("BCD", slow))) as federation:
+            federation.loop.score_rounds = False
+            progress = run_or_none(federation)
+        if progress:
+            break
     assert begun == ["B"]
+    assert progress is not None
     assert progress.history[0]["sites"] == ["A"]
 
 
 def test_a_late_reply_is_used_in_no_later_round() -> None:
     """C answers round 1 only once round 2 has begun; round 2 takes C's answer to round 2."""
+    for timeout in PATIENCE:
+        progress = _with_a_late_reply(timeout)
+        if progress and len(progress.history[0]["sites"]) == 3:
+            break
+    assert progress is not None
+    assert [entry["sites"] for entry in progress.history] == [["A", "B", "D"], ["A", "B", "C", "D"]]
+    expected = np.mean([1, 11, 31]) + np.mean([2, 12, 22, 32])
+    np.testing.assert_allclose(progress.arrays["w"], np.float32(expected), rtol=1e-6)
+
+
+def _with_a_late_reply(timeout: float) -> Progress | None:
     release = multiprocessing.Event()
 
     def late(instruction: Instruction, good: Receipt, delta: Arrays) -> RecordDict:
@@ -234,20 +263,17 @@ def test_a_late_reply_is_used_in_no_later_round() -> None:
             good = lying(good, round=2)
         return update_record(good, delta)
 
-    config = run_config("federation.timeout=0.5", "rounds=2")
+    config = run_config(f"federation.timeout={timeout}", "federation.quorum=0.01", "rounds=2")
     with Federation(config, client_app({"C": late}), workers=4) as federation:
         federation.loop.score_rounds = False
 
         def sent(number: int) -> None:
             if number == 2:
-                federation.sites.timeout = 30
+                federation.sites.timeout = 120
                 release.set()
 
         federation.loop.sent = sent
-        progress = federation.run()
-    assert [entry["sites"] for entry in progress.history] == [["A", "B", "D"], ["A", "B", "C", "D"]]
-    expected = np.mean([1, 11, 31]) + np.mean([2, 12, 22, 32])
-    np.testing.assert_allclose(progress.arrays["w"], np.float32(expected), rtol=1e-6)
+        return run_or_none(federation)
 
 
 def test_a_killed_worker_takes_its_sites_out_and_the_run_goes_on() -> None:

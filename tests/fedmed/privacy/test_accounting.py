@@ -1,7 +1,6 @@
 """Epsilon against dp-accounting called independently, and against the closed form of Gaussian DP."""
 
 import math
-import time
 
 import dp_accounting
 import pytest
@@ -20,6 +19,7 @@ from fedmed.privacy.accounting import (
 )
 from fedmed.privacy.plan import PrivacyPlan
 from tests.evidence import figure, some
+from tests.timing import best
 
 
 def make(**changes: object) -> PrivacyPlan:
@@ -142,10 +142,12 @@ def test_no_noise_is_infinite_epsilon() -> None:
 def test_what_protects_nobody_is_refused_and_not_computed_for_minutes() -> None:
     for noise, sample_rate in ((0.1, 1.0), (0.1, 0.1)):
         plan = make(noise_multiplier=noise, sample_rate=sample_rate, rounds=100)
-        began = time.monotonic()
-        with pytest.raises(PrivacyError, match="an epsilon above 1000"):
-            plan.epsilon()
-        assert time.monotonic() - began < 2
+
+        def refused(plan: PrivacyPlan = plan) -> None:
+            with pytest.raises(PrivacyError, match="an epsilon above 1000"):
+                plan.epsilon()
+
+        assert best(refused, enough=2) <= 2
     # A search that begins among such plans goes on from there.
     aim = {"delta": 0.09, "sample_rate": 1.0}
     noise = calibrate_noise(epsilon=120.0, steps=2500, **aim)
