@@ -33,6 +33,31 @@ def is_loopback(address: str) -> bool:
         return False
 
 
+def given(address: str | None, file: Path | None) -> bytes | None:
+    """The certificate authority in a file that was named beside a coordinator; None for one on this machine.
+
+    Raises:
+        ConfigError: one of the two is missing or is none.
+    """
+    if address is None:
+        if file is not None:
+            raise ConfigError(f"--ca {file}: expected beside it --coordinator HOST:PORT")
+        return None
+    host_port(address)
+    if file is None:
+        if not is_loopback(address):
+            raise ConfigError(
+                f"--ca: missing beside --coordinator {address}; ask the coordinator for its ca.pem"
+            )
+        return None
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"--ca {file}: cannot be read ({error.strerror})") from None
+    check_ca(content, f"--ca {file}")
+    return content
+
+
 def trusted(folder: Path, address: str | None, *, insecure: bool) -> tuple[str, bytes | None]:
     """Where the coordinator of a site is, and the certificate authority that it must show; None: no encryption.
 

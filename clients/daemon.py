@@ -11,17 +11,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from flwr.app import Message
 from flwr.clientapp import ClientApp
 
 from clients.asked import shown
-from clients.bundle import Bundle, misfit
+from clients.bundle import misfit
 from clients.health import Health
 from fedmed.errors import internal
 from fedmed.flower import answered, refused
+from fedmed.flower.bundle import Bundle
 from fedmed.flower.line import LinkDown, LinkError, LinkRefused
+from fedmed.flower.site_link import Request
 from fedmed.privacy.release import Code
 
 log = logging.getLogger("fedmed.site")
@@ -36,18 +38,8 @@ TRIES = 5
 REMEMBERED = 1000
 
 
-class Request(Protocol):
-    """A message of a run."""
-
-    @property
-    def run(self) -> int: ...
-
-    @property
-    def message(self) -> Message: ...
-
-
 class Link(Protocol):
-    """The site's connection to its coordinator; any method may raise `LinkError`."""
+    """A site's connection to its coordinator, as `SiteLink` is one; any method may raise `LinkError`."""
 
     def connect(self) -> int: ...
 
@@ -55,7 +47,7 @@ class Link(Protocol):
 
     def bundle(self, run: int) -> Bundle: ...
 
-    def reply(self, request: Any, message: Message) -> None: ...
+    def reply(self, request: Request, reply: Message) -> None: ...
 
     def close(self) -> None: ...
 
@@ -104,7 +96,7 @@ class Daemon:
                         self._turn()
                         self._failures = 0
                 except LinkRefused as error:
-                    self._lost("refused", str(error))
+                    self._lost("refused", str(error), error.reason)
                 except LinkError as error:
                     self._lost("unreachable", str(error))
                 # Whatever a coordinator sends, a site that has gone away is a worse answer to it.
@@ -181,18 +173,18 @@ class Daemon:
             self._fits[run] = found is None
         return self._fits[run]
 
-    def _lost(self, state: str, why: str) -> None:
+    def _lost(self, state: str, why: str, refusal: str = "") -> None:
         """Wait before the next attempt to connect: longer each time, and not all sites at once."""
-        self._said(state, why, why)
+        self._said(state, why, why, refusal)
         self._failures += 1
         pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(self._failures - 1, 10)) * random.uniform(0.5, 1.0)
         end = time.monotonic() + pause
         while not self._stopping and (left := end - time.monotonic()) > 0:
             self._sleep(min(left, 0.5))
 
-    def _said(self, state: str, words: str, reason: str = "") -> None:
+    def _said(self, state: str, words: str, reason: str = "", refusal: str = "") -> None:
         """Take over a state, and log it where it is another one."""
-        if self._health.now(state, reason):
+        if self._health.now(state, reason, refusal):
             log.log(logging.INFO if state == "online" else logging.WARNING, "%s: %s", state, words)
 
 

@@ -25,8 +25,9 @@ class Health:
     folder: Path
     coordinator: str
     state: str = "connecting"
-    # Why there is no contact.
+    # Why there is no contact, in words; and which of `LinkRefused.reason`, where the coordinator refuses.
     reason: str = ""
+    refusal: str = ""
     since: float = field(default_factory=time.time)
     # Unix time of the coordinator's last answer.
     last_contact: float | None = None
@@ -34,19 +35,19 @@ class Health:
     run: str | None = None
     round: int | None = None
 
-    def now(self, state: str, reason: str = "") -> bool:
+    def now(self, state: str, reason: str = "", refusal: str = "") -> bool:
         """Take over a state; whether it, or its reason, is another one."""
         if (state, reason) == (self.state, self.reason):
             return False
-        self.state, self.reason, self.since = state, reason, time.time()
+        self.state, self.reason, self.refusal, self.since = state, reason, refusal, time.time()
         return True
 
     def values(self) -> dict[str, Any]:
         """All of it, as JSON."""
         return {
             "site": self.site, "coordinator": self.coordinator, "state": self.state, "reason": self.reason,
-            "since": self.since, "last_contact": self.last_contact, "run": self.run, "round": self.round,
-            "paused": is_paused(self.folder),
+            "refusal": self.refusal, "since": self.since, "last_contact": self.last_contact,
+            "run": self.run, "round": self.round, "paused": is_paused(self.folder),
         }  # fmt: skip
 
 

@@ -69,7 +69,7 @@ def released(instruction: "Instruction", plan: "PrivacyPlan") -> list[str]:
         found.append("one noisy histogram of the held-out patients' scores: charged to the budget")
     elif instruction.privacy.metrics == "exact":
         found.append(
-            "exact counts of the held-out patients' scores after each round: outside every guarantee"
+            "exact counts of the held-out patients' scores, after every round and at the end: outside every guarantee"
         )
     return found
 
