@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from clients.daemon_cli import add_commands as add_daemon_commands
 from clients.data import add_commands as add_data_commands
 
 if TYPE_CHECKING:
@@ -29,10 +30,14 @@ It gets new secrets and a site.yaml in which every option stands with its defaul
 allow no task: list in site.yaml what may be learned. Back the folder up where nobody else can read it: without its
 key, test patients and training patients mix.
 
+With --coordinator the site belongs to a consortium: its NAME.pub then lies in DIR, to be sent to the coordinator, who
+admits the site by it. It holds no secret.
+
 \b
 Examples:
   fedmed site init /srv/fedmed --name mercy
   fedmed site init . --name "St. Mary's"
+  fedmed site init /srv/fedmed --name mercy --coordinator fl.example.org:9092 --ca ca.pem
 """
 
 POLICY_HELP = """Show the policy of the site in DIR, and mark its defaults.
@@ -43,7 +48,9 @@ Examples:
   fedmed site policy /srv/fedmed --json
 """
 
-REQUESTS_HELP = """List the runs that were asked for: who waits, what was decided.
+REQUESTS_HELP = """List the runs that were asked for: who asks, for what, what was decided.
+
+Each with all that would leave the site, what the run would cost, and what it would leave of the cohort's budget.
 
 \b
 Examples:
@@ -100,6 +107,7 @@ By = Annotated[str | None, typer.Option(metavar="NAME", help="Who decides; else 
 def add_commands(root: typer.Typer) -> None:
     """Add this side's commands to the root command."""
     add_data_commands(app)
+    add_daemon_commands(app)
     root.add_typer(app, name="site")
 
 
@@ -112,16 +120,29 @@ def site() -> None:
 def init(
     folder: Folder,
     name: Annotated[str, typer.Option(metavar="NAME", help="The site's name in the federation.")],
+    coordinator: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Of the consortium's coordinator.")
+    ] = None,
+    ca: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The coordinator's ca.pem, which is copied into DIR.")
+    ] = None,
 ) -> None:
     """Make the folder, say what to do next."""
+    from clients.coordinator import admission_name, given
     from clients.folder import POLICY, SiteFolder
 
-    made = SiteFolder.init(folder, name=name)
+    authority = given(coordinator, ca)
+    made = SiteFolder.init(folder, name=name, coordinator=coordinator, ca=authority)
     typer.echo(f"site '{made.policy.name}': {made.path}")
     typer.echo(
         f"next: name in {made.path / POLICY} the data, its patient column, and the tasks and models that may be used",
         err=True,
     )
+    if coordinator is not None:
+        typer.echo(
+            f"next: send {made.path / admission_name(name)} to the coordinator, who admits the site by it",
+            err=True,
+        )
 
 
 @app.command("policy", help=POLICY_HELP)
@@ -142,14 +163,16 @@ def requests(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Print every run that was asked for, and what became of it."""
-    from clients.asked import shown
     from clients.officer import opened
+    from clients.request import forecast
+    from clients.request_words import in_words
 
     with opened(folder) as guard:
-        account = guard.ledger.account
+        account, cohort = guard.ledger.account, guard.folder.policy.cohort
         found = {
             run: {
                 **what,
+                "forecast": forecast(account, cohort, run, what),
                 "decision": _decision(account.decisions.get(run), what),
             }
             for run, what in account.requests.items()
@@ -158,14 +181,7 @@ def requests(
         typer.echo(json.dumps(found, indent=2, allow_nan=False))
         return
     for run, what in found.items():
-        cost = what["not_private"] and f"NOT PRIVATE ({what['not_private']})"
-        cost = cost or f"epsilon {what['epsilon']:.2f} at delta {what['delta']:g}"
-        # Names and titles are the coordinator's own text.
-        typer.echo(f"{run}: {what['decision']}")
-        typer.echo(
-            f"  {shown(what['task'])}; {shown(what['model'])}, {what['adapter']}; {what['rounds']} rounds; {cost}; "
-            f"metrics: {what['metrics']}"
-        )
+        typer.echo("\n".join(in_words(run, what)))
     if not found:
         typer.echo("no run was asked for")
 

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import ValidationError
 
+from clients.coordinator import CA, admission, admission_name, check_ca
 from clients.policy import Policy
 from clients.policy_file import read_policy, render
 from fedmed.data.split import KEY_BYTES
@@ -21,7 +22,6 @@ from fedmed.errors import FedmedError
 from fedmed.privacy.ledger import new_ledger
 
 POLICY, KEY, IDENTITY, LEDGER = "site.yaml", "key", "identity.pem", "ledger.db"
-# The policy comes last: a folder with a site.yaml is whole.
 FILES = (KEY, IDENTITY, LEDGER, POLICY)
 
 
@@ -43,28 +43,48 @@ class SiteFolder:
     _identity: ec.EllipticCurvePrivateKey = field(repr=False)
 
     @classmethod
-    def init(cls, path: Path, *, name: str) -> "SiteFolder":
+    def init(
+        cls, path: Path, *, name: str, coordinator: str | None = None, ca: bytes | None = None
+    ) -> "SiteFolder":
         """Make a site with new secrets and the default policy, in a new or an empty folder.
 
         Either the whole site is there afterwards, or nothing new. The folder is 0700, its files 0600.
 
+        Args:
+            coordinator: HOST:PORT of a consortium's; the folder then also holds what it is given to admit the site.
+            ca: the coordinator's certificate authority, in PEM.
+
         Raises:
             SiteError: the folder holds a site or other files, or cannot be written, or the name cannot be a site's.
+            ConfigError: the certificate is none.
         """
         try:
-            policy = Policy(name=name)
+            Policy(name=name)
         except ValidationError:
             raise SiteError(f"name={name!r}: expected 1 to 100 printable characters") from None
+        try:
+            policy = Policy(name=name, coordinator=coordinator)
+        except ValidationError:
+            raise SiteError(
+                f"coordinator={coordinator!r}: expected HOST:PORT, e.g. fl.example.org:9092"
+            ) from None
+        if ca is not None:
+            check_ca(ca)
         contents = {
             KEY: secrets.token_bytes(KEY_BYTES),
             IDENTITY: _new_identity(),
-            POLICY: render(policy).encode(),
         }
         identity = serialization.load_pem_private_key(contents[IDENTITY], password=None)
         assert isinstance(identity, ec.EllipticCurvePrivateKey)
         new = cls(path=path, policy=policy, split_key=contents[KEY], _identity=identity)
         try:
             contents[LEDGER] = new_ledger(new, site=name)
+            if ca is not None:
+                contents[CA] = ca
+            if coordinator is not None:
+                contents[admission_name(name)] = admission(name, new.public_key)
+            # Last: a folder with a site.yaml is whole.
+            contents[POLICY] = render(policy).encode()
             _make(path, contents)
         except OSError as error:
             raise SiteError(f"{path}: a site cannot be made there ({error.strerror})") from None
@@ -96,6 +116,11 @@ class SiteFolder:
             raise SiteError(f"{path / KEY}: damaged, expected {KEY_BYTES} bytes; restore it from a backup")
         identity = _private_key(path / IDENTITY)
         return cls(path=path, policy=read_policy(path / POLICY), split_key=key, _identity=identity)
+
+    @property
+    def identity(self) -> ec.EllipticCurvePrivateKey:
+        """The key by which the site's node is known to its coordinator; never leaves the site."""
+        return self._identity
 
     @property
     def public_key(self) -> bytes:
@@ -176,12 +201,12 @@ def _make(path: Path, contents: dict[str, bytes]) -> None:
     done = False
     try:
         os.mkdir(draft, 0o700)
-        for name in FILES:
-            _write(draft / name, contents[name])
+        for name, content in contents.items():
+            _write(draft / name, content)
         _sync(draft)
         if inside:
             # It may be a mount, or the shell's own folder, which a rename could not replace.
-            _move_in(draft, path, made)
+            _move_in(draft, path, list(contents), made)
         else:
             # Fails where another process has filled the place meanwhile.
             os.rename(draft, path)
@@ -202,9 +227,9 @@ def _remove(place: Path) -> None:
         place.unlink(missing_ok=True)
 
 
-def _move_in(draft: Path, path: Path, made: list[Path]) -> None:
+def _move_in(draft: Path, path: Path, names: list[str], made: list[Path]) -> None:
     os.chmod(path, 0o700)
-    for name in FILES:
+    for name in names:
         # Unlike a rename, a link never replaces what another process has made meanwhile.
         os.link(draft / name, path / name)
         made.append(path / name)

@@ -5,34 +5,31 @@ nothing is remembered, and nothing leaves the machine.
 """
 
 import contextlib
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, Protocol
 
 from flwr.app import RecordDict
 
 from clients import site as local_site
-from clients.asked import not_private, run_epsilon
-from clients.folder import LEDGER, SiteFolder
+from clients.asked import not_private
+from clients.folder import SiteFolder
+from clients.pause import Paused, is_paused
 from clients.policy import ANY
 from clients.refusal import Refusal, Rule
+from clients.request import described
 from fedmed.errors import FedmedError, ModelError
 from fedmed.models.activations import ACTIVATIONS, ActivationCache, at_home
 from fedmed.privacy.account import BudgetError
-from fedmed.privacy.chain import LedgerError, canonical
+from fedmed.privacy.chain import LedgerError
 from fedmed.privacy.events import to_json
 from fedmed.privacy.histogram import metrics_plans
 from fedmed.privacy.ledger import Ledger, Stored
 from fedmed.privacy.plan import PrivacyPlan
 from fedmed.privacy.release import Approved, Code, Ended, Gate, Privatised, Repeated
 from fedmed.records import Arrays, Instruction, Quote, Receipt, digest
-from fedmed.schema import to_dict
 
 log = logging.getLogger("fedmed.site")
 
@@ -126,6 +123,8 @@ class Guard:
                 self._hold(instruction, site)
         except Refusal as error:
             refusal = str(error)
+        except Paused:
+            refusal = Code.PAUSED.value
         except ModelError as error:
             refusal = self._said(Code.MODEL, error)
         except LedgerError as error:
@@ -246,7 +245,12 @@ class Guard:
 
         Raises:
             Refusal: with the rule, the asked and the allowed value.
+            Paused: the site takes no new run.
         """
+        # What was promised goes on; a run that is NOT PRIVATE was promised nothing.
+        if is_paused(self.folder.path) and not self.ledger.account.open_holds(instruction.run_id):
+            log.warning("refused, since the site is paused; go on with: fedmed site pause DIR --resume")
+            raise Paused
         policy = self.folder.policy
         if policy.name != site:
             raise Refusal(Rule.PLAN, asked="another site's part", allowed="this site's own")
@@ -261,7 +265,7 @@ class Guard:
         """
         if not self.folder.policy.approvals(instruction, release=_release(instruction)):
             return None
-        run, what = instruction.run_id, _what(instruction, site)
+        run, what = instruction.run_id, described(instruction, site, self.folder.policy.coordinator)
         decision = self.ledger.account.decisions.get(run)
         if decision is None or decision["what"]["digest"] != what["digest"]:
             self.ledger.request(run, what=what)
@@ -375,22 +379,6 @@ class Guard:
         return code.value
 
 
-@lru_cache(maxsize=32)
-def open_guard(path: str) -> Guard:
-    """The guard of a site's folder, opened once in a process: a warm site.
-
-    Raises:
-        SiteError, PolicyError, LedgerError: the folder cannot be used.
-    """
-    try:
-        folder = SiteFolder.open(Path(path))
-        return Guard(folder, Ledger(folder.path / LEDGER, folder))
-    except FedmedError as error:
-        # No data has been opened: this is of files and settings, and says what to do about them.
-        log.error("%s", error)
-        raise
-
-
 def _release(instruction: Instruction) -> Any:
     return instruction.privacy.metrics
 
@@ -407,24 +395,3 @@ def _receipt(instruction: Instruction, site: str, noise_draws: int) -> Receipt:
         declared_size=instruction.task.declared_train(site),
         noise_draws=noise_draws,
     )
-
-
-def _what(instruction: Instruction, site: str) -> dict[str, Any]:
-    """What a person is asked to approve: declared values, and a digest of all that stay the same over the rounds."""
-    plan = local_site.own_plan(instruction, site)
-    groups = ("task", "model", "adapter", "privacy", "training")
-    whole = {name: to_dict(getattr(instruction, name)) for name in groups} | {
-        "plan": to_dict(plan), "seed": instruction.seed, "proximal_mu": instruction.proximal_mu
-    }  # fmt: skip
-    reason = not_private(instruction)
-    return {
-        "task": instruction.task.title,
-        "model": instruction.model.name,
-        "adapter": instruction.adapter.kind,
-        "rounds": plan.rounds,
-        "epsilon": None if reason else run_epsilon(instruction, site, plan),
-        "delta": None if reason else plan.delta,
-        "not_private": reason,
-        "metrics": _release(instruction),
-        "digest": hashlib.sha256(canonical(json.loads(json.dumps(whole))).encode()).hexdigest(),
-    }

@@ -83,6 +83,21 @@ class Policy(_Section):
         max_length=100,
         pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]+$",
     )
+    coordinator: str | None = option(
+        None,
+        "Where the consortium's coordinator listens, whose ca.pem stands beside this file. null: no network.",
+        "HOST:PORT, or null",
+        max_length=300,
+        pattern=r"^([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}$",
+    )
+    health_port: int | None = option(
+        None,
+        "Port on 127.0.0.1 at which a started site says at /health how it is. null: any free one, which fedmed site "
+        "status finds. 0: none.",
+        "a port, 0, or null",
+        ge=0,
+        le=65_535,
+    )
     cohort: str = option(
         "default",
         "The cohort that this site's data belongs to. All runs on it, and on later versions of its data, share "

@@ -179,4 +179,17 @@ def test_records_for_outside_are_built_by_the_gate_alone() -> None:
         ("clients/client_app.py", "_reply"), ("strategies/sites.py", "_ask"),
         ("fedmed/flower/in_process.py", "constant_failure"), ("fedmed/flower/in_process.py", "_unavailable"),
         ("fedmed/flower/objects.py", "failed"),
+        ("fedmed/flower/node.py", "refused"),
     }  # fmt: skip
+
+
+def test_a_refusal_is_one_of_the_gate_s_constants() -> None:
+    """Whoever refuses a message writes which constant leaves, in so many words."""
+    codes = [
+        ast.unparse(node.args[1])
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "refused"
+    ]
+    assert {"Code.PAUSED", "Code.BUNDLE"} <= set(codes)
+    assert all(code.startswith("Code.") for code in codes)

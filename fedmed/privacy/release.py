@@ -44,6 +44,10 @@ class Code(StrEnum):
     LEDGER = "ledger-unavailable"
     # The budget does not hold the run, or the run's promise is used up.
     BUDGET = "budget"
+    # The site takes no new run for now.
+    PAUSED = "paused"
+    # What the coordinator shipped is not the installed fedmed.
+    BUNDLE = "unknown-bundle"
     # Anything, once data has been opened (rule 19).
     FAILED = "site-failed"
 

@@ -13,6 +13,7 @@ from flwr.app import Message, MessageType
 
 import clients.client_app
 import clients.guard
+import clients.opened
 import clients.site
 import fedmed.data.table
 import fedmed.flower
@@ -300,12 +301,12 @@ KEPT: list[sqlite3.Connection] = []
 
 
 def read_only(stage: Stage) -> None:
-    guard = clients.guard.open_guard(str(stage.site))
+    guard = clients.opened.open_guard(str(stage.site))
     guard.ledger._connection.execute("PRAGMA query_only=ON")
 
 
 def full(stage: Stage) -> None:
-    connection = clients.guard.open_guard(str(stage.site)).ledger._connection
+    connection = clients.opened.open_guard(str(stage.site)).ledger._connection
     pages = connection.execute("PRAGMA page_count").fetchone()[0]
     connection.execute(f"PRAGMA max_page_count={pages}")
     with ledger_of(stage.site) as ledger:

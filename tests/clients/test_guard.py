@@ -20,7 +20,7 @@ import fedmed.data.table
 import strategies.run
 import strategies.sites
 from clients.folder import LEDGER
-from clients.guard import open_guard
+from clients.opened import open_guard
 from fedmed.config import TrainingConfig
 from fedmed.errors import ConfigError, Interrupted
 from fedmed.privacy.account import BudgetError
@@ -642,7 +642,6 @@ def test_a_run_does_not_spend_one_cohort_s_budget_on_another_one_s_patients(
     change_policy(
         site, **{**GENEROUS, "data": str(other), "cohort": "children", "metrics": {"held_out": "private"}}
     )
-    open_guard.cache_clear()
     for kind in (MessageType.TRAIN, MessageType.EVALUATE):
         assert ask(site, kind, asked, start(asked)).error.reason == "site-failed"
     assert opened == []

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from flwr.app import MessageType
 
+import clients.opened
 import clients.site
 from clients.folder import SiteError, SiteFolder
-from clients.guard import open_guard
 from fedmed.privacy.budget import Budget
 from fedmed.records import Instruction, read_quote
 from tests.clients.sites import (
@@ -40,7 +40,8 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     try:
         yield place
     finally:
-        open_guard.cache_clear()
+        for path in list(clients.opened._open):
+            clients.opened.close_guard(path)
         subprocess.run(["umount", "--lazy", str(place)], check=True, timeout=30)
 
 

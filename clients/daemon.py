@@ -1,0 +1,198 @@
+"""A site as one long-lived process: it asks the coordinator for messages, and answers one at a time.
+
+What answers is the installed ClientApp, in this process, so that models and prepared data stay. All that leaves is what
+the app's gate released, or a constant. The bundle that comes with a run is only held against what is installed.
+"""
+
+import json
+import logging
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from flwr.app import Message
+from flwr.clientapp import ClientApp
+
+from clients.asked import shown
+from clients.bundle import misfit
+from clients.health import Health
+from fedmed.errors import internal
+from fedmed.flower import answered, refused
+from fedmed.flower.bundle import Bundle
+from fedmed.flower.line import LinkDown, LinkError, LinkRefused
+from fedmed.flower.site_link import Request
+from fedmed.privacy.release import Code
+
+log = logging.getLogger("fedmed.site")
+
+# Seconds that one question for a message may take: so long a stop may have to wait, too.
+WAIT = 2.0
+# Seconds between attempts to reach the coordinator, the first and the longest.
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
+# After so many failures on a link that stands, a message or its reply is given up.
+TRIES = 5
+# Runs whose bundle's verdict is remembered.
+REMEMBERED = 1000
+
+
+class Link(Protocol):
+    """A site's connection to its coordinator, as `SiteLink` is one; any method may raise `LinkError`."""
+
+    def connect(self) -> int: ...
+
+    def receive(self, wait: float) -> Request | None: ...
+
+    def bundle(self, run: int) -> Bundle: ...
+
+    def reply(self, request: Request, reply: Message) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class _Open:
+    """A message that is not dealt with yet, and its answer, once there is one."""
+
+    request: Request
+    reply: Message | None = None
+    tries: int = 0
+
+
+class Daemon:
+    """Serves a coordinator until it is told to stop.
+
+    Args:
+        folder: of the site.
+        app: the installed ClientApp.
+        sleep: waits between attempts to connect.
+    """
+
+    def __init__(
+        self, folder: Path, link: Link, app: ClientApp, health: Health, *,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:  # fmt: skip
+        self._folder, self._link, self._app, self._health, self._sleep = folder, link, app, health, sleep
+        self._node = 0
+        self._open: _Open | None = None
+        self._fits: dict[int, bool] = {}
+        self._stopping = False
+        self._failures = 0
+
+    def stop(self) -> None:
+        """End after the present message. Only a flag is set: a signal's handler may call it."""
+        self._stopping = True
+
+    def run(self) -> None:
+        """Connect, and again where that fails; answer messages until `stop`."""
+        try:
+            while not self._stopping:
+                try:
+                    self._node = self._link.connect()
+                    self._said("online", f"online as node {self._node}")
+                    while not self._stopping:
+                        self._turn()
+                        self._failures = 0
+                except LinkRefused as error:
+                    self._lost("refused", str(error), error.reason)
+                except LinkError as error:
+                    self._lost("unreachable", str(error))
+                # Whatever a coordinator sends, a site that has gone away is a worse answer to it.
+                except Exception as error:
+                    self._lost("unreachable", internal(error))
+        finally:
+            self._health.now("stopping")
+            log.info("stopped")
+            self._link.close()
+
+    def _turn(self) -> None:
+        """Receive a message, or wait for one; answer it. What is not answered when the link fails stays open."""
+        if self._open is None:
+            request = self._link.receive(WAIT)
+            self._health.last_contact = time.time()
+            if request is None:
+                self._health.now("online")
+                return
+            self._open = _Open(request)
+        opened = self._open
+        if opened.tries >= TRIES:
+            log.error(
+                "a message of run %d is given up after %d attempts to answer", opened.request.run, TRIES
+            )
+            self._open = None
+            return
+        opened.tries += 1
+        if opened.reply is None:
+            opened.reply = self._answer(opened.request)
+        try:
+            self._link.reply(opened.request, opened.reply)
+        except (LinkDown, LinkRefused):
+            # Sent again once the coordinator is back: a site that was cut off loses no round.
+            raise
+        except LinkError as error:
+            log.warning("the coordinator does not take an answer to run %d: %s", opened.request.run, error)
+        self._open = None
+        self._health.last_contact = time.time()
+        self._health.now("online")
+
+    def _answer(self, request: Request) -> Message:
+        message, began = request.message, time.monotonic()
+        run, round = asked(message)
+        self._health.run, self._health.round = run, round
+        self._health.now("working")
+        what = f"{message.metadata.message_type}, run {shown(run or '?')}, round {round}"
+        if not self._known(request.run):
+            log.warning("refused: %s", what)
+            return refused(message, Code.BUNDLE)
+        log.info("begun: %s", what)
+        reply = answered(
+            self._app, message, run=request.run, node=self._node, node_config={"site-folder": str(self._folder)}
+        )  # fmt: skip
+        said = f" with '{reply.error.reason}'" if reply.has_error() else ""
+        log.info("answered%s after %.1f s: %s", said, time.monotonic() - began, what)
+        return reply
+
+    def _known(self, run: int) -> bool:
+        """Whether the run's bundle names what is installed here; asked once a run."""
+        if run not in self._fits:
+            try:
+                found = misfit(self._link.bundle(run))
+            except (LinkDown, LinkRefused):
+                raise
+            # A bundle may be broken in any way.
+            except Exception as error:
+                found = (
+                    f"it cannot be read ({str(error) if isinstance(error, LinkError) else internal(error)})"
+                )
+            if found:
+                log.error("run %d: its bundle is refused, and was not opened: %s", run, found)
+            while len(self._fits) >= REMEMBERED:
+                self._fits.pop(next(iter(self._fits)))
+            self._fits[run] = found is None
+        return self._fits[run]
+
+    def _lost(self, state: str, why: str, refusal: str = "") -> None:
+        """Wait before the next attempt to connect: longer each time, and not all sites at once."""
+        self._said(state, why, why, refusal)
+        self._failures += 1
+        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(self._failures - 1, 10)) * random.uniform(0.5, 1.0)
+        end = time.monotonic() + pause
+        while not self._stopping and (left := end - time.monotonic()) > 0:
+            self._sleep(min(left, 0.5))
+
+    def _said(self, state: str, words: str, reason: str = "", refusal: str = "") -> None:
+        """Take over a state, and log it where it is another one."""
+        if self._health.now(state, reason, refusal):
+            log.log(logging.INFO if state == "online" else logging.WARNING, "%s: %s", state, words)
+
+
+def asked(message: Message) -> tuple[str | None, int | None]:
+    """The run's own name and the round that a message is of, for people; None where it does not say."""
+    try:
+        values = json.loads(str(message.content.config_records["instruction"]["json"]))
+        return str(values["run_id"])[:200], int(values["round"])
+    # It is the coordinator's text, and is not checked yet.
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        return None, None
