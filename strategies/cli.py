@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedmed.cli.privacy import app as privacy
+from strategies.coordinator.cli import add_commands as add_coordinator
 from strategies.officer import SWEEP_HELP, joint_cost
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def add_commands(root: typer.Typer) -> None:
     root.command("run", help=RUN_HELP, context_settings=settings)(run)
     root.command("plan", help=PLAN_HELP, context_settings=settings)(plan)
     privacy.command("sweep", help=SWEEP_HELP)(joint_cost)
+    add_coordinator(root)
 
 
 def run(

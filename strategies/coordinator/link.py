@@ -1,0 +1,26 @@
+"""How this machine speaks to the SuperLink that runs for a coordinator's folder."""
+
+from typing import TYPE_CHECKING
+
+from strategies.coordinator.folder import CoordinatorError, CoordinatorFolder, command
+
+if TYPE_CHECKING:
+    from fedmed.flower.control import Control
+
+
+def control(folder: CoordinatorFolder) -> "Control":
+    """The operator's side of the running SuperLink.
+
+    Raises:
+        CoordinatorError: the coordinator does not run.
+    """
+    running = folder.running()
+    if running is None:
+        raise CoordinatorError(
+            f"{folder.path}: this coordinator does not run; start it with: {command('start', folder.path)}"
+        )
+    # Imported here: it brings Flower.
+    from fedmed.flower.control import Control
+
+    ca = None if running.get("insecure") else folder.trusted
+    return Control(folder.address, ca=ca, secret=folder.control_secret)
