@@ -1,5 +1,6 @@
 """`fedmed coordinator`: make one, admit sites, renew certificates. Heavy imports wait until a command runs."""
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -62,6 +63,33 @@ Examples:
   fedmed coordinator rotate /srv/hub                        every year, or after a change of hosts
   fedmed coordinator rotate /srv/hub --ca                   a new authority
   fedmed coordinator rotate /srv/hub --end-transition       once every site has the new ca.pem
+"""
+
+START_HELP = """Run the coordinator: SuperLink, MLflow, runs. Ctrl-C ends it; runs go on with the next start.
+
+Runs that a crash cut off go on by themselves, those that a person stopped do not. On a terminal it shows sites and
+runs; elsewhere it prints a line for each change. The log is DIR/logs/coordinator.jsonl.
+
+\b
+Examples:
+  fedmed coordinator start /srv/hub
+  fedmed coordinator start /srv/hub --detach                    in the background; end it with: fedmed coordinator stop
+  fedmed coordinator start hub --insecure-for-testing           no TLS; refused unless it listens on 127.0.0.1
+"""
+
+STOP_HELP = """End the coordinator that runs in DIR. Runs under way go on with the next start.
+
+\b
+Examples:
+  fedmed coordinator stop /srv/hub
+"""
+
+STATUS_HELP = """Show sites, runs and servers, and what should be done.
+
+\b
+Examples:
+  fedmed coordinator status /srv/hub
+  fedmed coordinator status /srv/hub --json
 """
 
 SERVICE_HELP = """Print a systemd unit that starts the coordinator with the machine.
@@ -189,6 +217,56 @@ def rotate(
     if ca:
         typer.echo(f"give each site the new {opened.path / TRUSTED}; the old one works until then", err=True)
         typer.echo(f"then: {command('rotate', opened.path, '--end-transition')}", err=True)
+
+
+@app.command("start", help=START_HELP)
+def start(
+    folder: Folder = HERE,
+    detach: Annotated[bool, typer.Option("--detach", help="In the background, once it answers.")] = False,
+    insecure: Annotated[
+        bool, typer.Option("--insecure-for-testing", help="Without TLS, on loopback alone.")
+    ] = False,
+) -> None:
+    """Supervise until a signal."""
+    from strategies.coordinator.folder import CoordinatorFolder
+
+    opened = CoordinatorFolder.open(folder)
+    from strategies.coordinator.foreground import detached, in_foreground
+
+    if detach:
+        typer.echo(detached(opened, insecure=insecure))
+    else:
+        in_foreground(opened, insecure=insecure)
+
+
+@app.command("stop", help=STOP_HELP)
+def stop(folder: Folder = HERE) -> None:
+    """Ask its process to end, wait for that."""
+    from strategies.coordinator.folder import CoordinatorFolder
+    from strategies.coordinator.foreground import end
+
+    opened = CoordinatorFolder.open(folder)
+    end(opened)
+    typer.echo(f"coordinator '{opened.config.name}': ended")
+
+
+@app.command("status", help=STATUS_HELP)
+def status(
+    folder: Folder = HERE,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Ask the SuperLink, read the folder, print both."""
+    from strategies.console import plain_console
+    from strategies.coordinator.folder import CoordinatorFolder
+    from strategies.coordinator.link import nodes
+    from strategies.coordinator.snapshot import snapshot, view
+
+    opened = CoordinatorFolder.open(folder)
+    values = snapshot(opened, nodes(opened))
+    if as_json:
+        typer.echo(json.dumps(values, indent=2, allow_nan=False))
+    else:
+        plain_console().print(view(values))
 
 
 @app.command("service", help=SERVICE_HELP)

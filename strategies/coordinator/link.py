@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from strategies.coordinator.folder import CoordinatorError, CoordinatorFolder, command
 
 if TYPE_CHECKING:
-    from fedmed.flower.control import Control
+    from fedmed.flower.control import Control, Node
 
 
 def control(folder: CoordinatorFolder) -> "Control":
@@ -24,3 +24,18 @@ def control(folder: CoordinatorFolder) -> "Control":
 
     ca = None if running.get("insecure") else folder.trusted
     return Control(folder.address, ca=ca, secret=folder.control_secret)
+
+
+def nodes(folder: CoordinatorFolder) -> "list[Node] | None":
+    """The sites as the SuperLink knows them; None: none runs, or it does not answer."""
+    if folder.running() is None:
+        return None
+    from fedmed.flower.line import LinkError
+
+    operator = control(folder)
+    try:
+        return operator.nodes()
+    except LinkError:
+        return None
+    finally:
+        operator.close()
