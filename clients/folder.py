@@ -1,11 +1,7 @@
 """A site's folder: its policy, its secret split key and its signing identity, for its owner's eyes alone."""
 
-import contextlib
-import os
 import secrets
 import shlex
-import shutil
-import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +13,7 @@ from pydantic import ValidationError
 from clients.coordinator import CA, admission, admission_name, check_ca
 from clients.policy import Policy
 from clients.policy_file import read_policy, render
+from fedmed import secret_folder
 from fedmed.data.split import KEY_BYTES
 from fedmed.errors import FedmedError
 from fedmed.privacy.ledger import new_ledger
@@ -78,6 +75,10 @@ class SiteFolder:
         assert isinstance(identity, ec.EllipticCurvePrivateKey)
         new = cls(path=path, policy=policy, split_key=contents[KEY], _identity=identity)
         try:
+            if (path / POLICY).exists():
+                raise SiteError(
+                    f"{path}: holds a site already; show it with: fedmed site policy {shlex.quote(str(path))}"
+                )
             contents[LEDGER] = new_ledger(new, site=name)
             if ca is not None:
                 contents[CA] = ca
@@ -85,7 +86,7 @@ class SiteFolder:
                 contents[admission_name(name)] = admission(name, new.public_key)
             # Last: a folder with a site.yaml is whole.
             contents[POLICY] = render(policy).encode()
-            _make(path, contents)
+            secret_folder.make(path, contents, error=SiteError)
         except OSError as error:
             raise SiteError(f"{path}: a site cannot be made there ({error.strerror})") from None
         return cls.open(path)
@@ -101,7 +102,7 @@ class SiteFolder:
         try:
             present = {name for name in FILES if (path / name).is_file()}
             if present:
-                _check_modes(path)
+                secret_folder.check_modes(path, FILES, error=SiteError)
         except OSError as error:
             raise SiteError(f"{path}: cannot be read ({error.strerror})") from None
         if not present:
@@ -167,88 +168,3 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise SiteError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _check_modes(path: Path) -> None:
-    """Refuse a site that others can read or change."""
-    commands = []
-    for place, mode in [(path, "700"), *((path / name, "600") for name in FILES)]:
-        with contextlib.suppress(FileNotFoundError):
-            if stat.S_IMODE(place.stat().st_mode) & 0o077:
-                commands.append(f"chmod {mode} {shlex.quote(str(place))}")
-    if commands:
-        raise SiteError(f"{path}: others may read or change it; run: {' && '.join(commands)}")
-
-
-def _make(path: Path, contents: dict[str, bytes]) -> None:
-    """Write a site's files: all of them or, whatever interrupts, none."""
-    if path.is_dir():
-        if (path / POLICY).exists():
-            raise SiteError(
-                f"{path}: holds a site already; show it with: fedmed site policy {shlex.quote(str(path))}"
-            )
-        if any(path.iterdir()):
-            raise SiteError(f"{path}: holds other files; expected a new or an empty folder")
-    elif path.exists() or path.is_symlink():
-        raise SiteError(f"{path}: is no folder; expected a new or an empty one")
-    elif not path.absolute().parent.is_dir():
-        raise SiteError(
-            f"{path}: no folder '{path.parent}' to make it in; run: mkdir -p {shlex.quote(str(path.parent))}"
-        )
-    inside = path.is_dir()
-    draft = (path if inside else path.absolute().parent) / f".site-{secrets.token_hex(8)}"
-    made: list[Path] = []
-    done = False
-    try:
-        os.mkdir(draft, 0o700)
-        for name, content in contents.items():
-            _write(draft / name, content)
-        _sync(draft)
-        if inside:
-            # It may be a mount, or the shell's own folder, which a rename could not replace.
-            _move_in(draft, path, list(contents), made)
-        else:
-            # Fails where another process has filled the place meanwhile.
-            os.rename(draft, path)
-            made.append(path)
-            _sync(path.absolute().parent)
-        done = True
-    finally:
-        if not done:
-            for place in made:
-                _remove(place)
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _remove(place: Path) -> None:
-    if place.is_dir():
-        shutil.rmtree(place, ignore_errors=True)
-    else:
-        place.unlink(missing_ok=True)
-
-
-def _move_in(draft: Path, path: Path, names: list[str], made: list[Path]) -> None:
-    os.chmod(path, 0o700)
-    for name in names:
-        # Unlike a rename, a link never replaces what another process has made meanwhile.
-        os.link(draft / name, path / name)
-        made.append(path / name)
-    # Here and not when all is done: what interrupts it still undoes the rest.
-    shutil.rmtree(draft)
-    _sync(path)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in a folder last."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedmed.cli.privacy import app as privacy
+from strategies.coordinator.cli import add_commands as add_coordinator
+from strategies.coordinator.runs_cli import add_commands as add_runs
 from strategies.officer import SWEEP_HELP, joint_cost
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings, in Hydra's grammar.", show_default=False),
 ]
 
-RUN_HELP = """Run a federation on this machine.
+RUN_HELP = """Run a federation: on this machine, or with the sites of a coordinator.
 
 A setting is KEY=VALUE: a group's option (task, model, adapter, privacy, strategy, federation, tracking,
 experiment) or a single value.
@@ -37,6 +39,7 @@ Examples:
   fedmed run -m privacy.epsilon=1,3,8 seed=0,1  six runs, all checked before the first starts
   fedmed run task=csv task.declaration=mine.yaml
   fedmed run resume=runs/20261121-101500-run    go on after the last finished round
+  fedmed run federation=consortium federation.coordinator=/srv/hub task=dicom …   at the sites that /srv/hub admitted
 
 A sweep spends what all its runs spend. On anything but a public benchmark it says first how much that is, and asks.
 """
@@ -61,6 +64,8 @@ def add_commands(root: typer.Typer) -> None:
     root.command("run", help=RUN_HELP, context_settings=settings)(run)
     root.command("plan", help=PLAN_HELP, context_settings=settings)(plan)
     privacy.command("sweep", help=SWEEP_HELP)(joint_cost)
+    add_coordinator(root)
+    add_runs(root)
 
 
 def run(
@@ -74,15 +79,18 @@ def run(
 ) -> None:
     """Compose, check, run."""
     from fedmed.compose import compose, compose_sweep
+    from fedmed.errors import ConfigError
 
     texts = list(overrides or [])
     if not multirun:
         config = compose(texts)
         _check_folder(config)
         _warn(_check(config))
-        _run_local(config, texts)
+        (_run_local if config.federation.kind == "local" else _launch)(config, texts)
         return
     jobs = compose_sweep(texts)
+    if any(config.federation.kind != "local" for _, config in jobs):
+        raise ConfigError("--multirun with federation=consortium: expected one run at a time")
     _check_folder(jobs[0][1])
     _warn([warning for _, config in jobs for warning in _check(config)])
     from strategies.joint import announce
@@ -151,14 +159,16 @@ def _check(config: "RunConfig", *, records: bool = True) -> list[str]:
     from fedmed.privacy.plan import make_plan
     from fedmed.tracking import check
 
-    check(config.tracking)
+    elsewhere = config.federation.kind == "consortium"
+    # A run of a consortium goes on without MLflow, and its figures are sent later.
+    check(config.tracking, reach=not elsewhere)
     _check_sites(config)
-    if config.federation.sites:
-        # Only a site itself opens its data, and not before its policy and its budget allow it.
-        records = False
+    # Only a site itself opens its data, and not before its policy and its budget allow it.
+    by_sites = elsewhere or bool(config.federation.sites)
+    records = records and not by_sites
     if not config.task.declared_sizes:
         # Their names are not listed: of a mistyped column they might be patient ids.
-        found = "" if config.federation.sites else f" names {len(sites_in(config.task))} sites"
+        found = "" if by_sites else f" names {len(sites_in(config.task))} sites"
         raise ConfigError(
             f"task.declared_sizes: none declared; {config.task.sites_from}{found}; declare a "
             f"public number of {config.task.unit}s for each site, e.g. 'task.declared_sizes={{A: 100, B: 80}}'"
@@ -185,7 +195,7 @@ def _check(config: "RunConfig", *, records: bool = True) -> list[str]:
         warnings += [f"site '{site}': {count} record(s) left out: {reason}" for reason, count in left_out]
     # Refused where it would not be worth its epsilon.
     metrics_plans(config.task, config.privacy)
-    if config.federation.sites:
+    if by_sites:
         return warnings
     undeclared = {
         site: rows for site, rows in sites_in(config.task).items() if site not in config.task.declared_sizes
@@ -251,6 +261,13 @@ def _check_resumable(config: "RunConfig", name: str) -> None:
         raise ConfigError(
             f"resume={name}: its plans.json, journal.jsonl or checkpoint.safetensors is damaged"
         )
+
+
+def _launch(config: "RunConfig", overrides: list[str]) -> None:
+    """Hand the run to a coordinator."""
+    from strategies.coordinator.launch import launch
+
+    launch(config, overrides)
 
 
 def _run_local(config: "RunConfig", overrides: list[str]) -> None:

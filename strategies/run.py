@@ -45,7 +45,8 @@ def run(config: RunConfig, grid: Grid) -> Path:
     """
     began = time.monotonic()
     console = RunConsole()
-    tracker = make_tracker(config.tracking, console.warn)
+    # A consortium's run does not stand still because MLflow does.
+    tracker = make_tracker(config.tracking, console.warn, insist=config.federation.kind == "local")
     one_thread()
     with PeakMemory() as memory:
         folder = RunFolder(Path(config.resume)) if config.resume else None

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
+from fedmed import strict_yaml
 from fedmed.errors import ConfigError, nearest
 from fedmed.task import ColumnConfig
 
@@ -33,19 +34,9 @@ def read_declaration(path: str, schema: type) -> dict[str, Any]:
     return {key: _literal(value, f"{where}: {key}") for key, value in read.items()}
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error: one of the two would be lost."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if len(set(keys)) < len(keys):
-            raise yaml.MarkedYAMLError(problem_mark=node.start_mark)
-        return super().construct_mapping(node, deep=deep)
-
-
 def _parse(path: str, where: str) -> dict[str, Any]:
     try:
-        read = _Loader(Path(path).expanduser().read_text("utf-8-sig")).get_single_data()
+        read = strict_yaml.parse(Path(path).expanduser().read_text("utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{where}: no such file; fedmed task describe FILE proposes one") from None
     except (OSError, RuntimeError) as error:

@@ -9,8 +9,8 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-import clients.folder
 import clients.site
+import fedmed.secret_folder
 from clients.folder import FILES, SiteError, SiteFolder, verify
 from clients.policy import Policy
 from fedmed.config import RunConfig
@@ -135,7 +135,7 @@ class Faulty:
         self._at, self._fault = at, fault
         self._patch = monkeypatch
         for name in CALLS:
-            monkeypatch.setattr(clients.folder.os, name, self._wrapped(getattr(os, name)))
+            monkeypatch.setattr(fedmed.secret_folder.os, name, self._wrapped(getattr(os, name)))
 
     def _wrapped(self, call: Callable) -> Callable:
         def wrapped(*arguments: object, **options: object) -> object:
@@ -194,13 +194,13 @@ def test_a_site_that_another_process_made_first_is_kept(
     step = getattr(os, name)
 
     def late(source: Path, target: Path) -> None:
-        monkeypatch.setattr(clients.folder.os, name, step)
+        monkeypatch.setattr(fedmed.secret_folder.os, name, step)
         folder.mkdir(mode=0o700, exist_ok=True)
         for file in FILES:
             (folder / file).write_text("theirs")
         step(source, target)
 
-    monkeypatch.setattr(clients.folder.os, name, late)
+    monkeypatch.setattr(fedmed.secret_folder.os, name, late)
     with pytest.raises(SiteError, match="a site cannot be made there"):
         SiteFolder.init(folder, name=NAME)
     assert {path.name: path.read_text() for path in folder.iterdir()} == dict.fromkeys(FILES, "theirs")

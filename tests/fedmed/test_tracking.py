@@ -15,10 +15,12 @@ import pytest
 
 import strategies.run
 from clients.client_app import app as client_app
+from fedmed.atomic import write_json
 from fedmed.config import TrackingConfig
 from fedmed.errors import ConfigError, RunError
 from fedmed.flower import run_in_process
-from fedmed.tracking import MlflowTracker, NoTracker, check, make_tracker
+from fedmed.schema import to_dict
+from fedmed.tracking import MlflowTracker, NoTracker, check, kept, make_tracker, send_kept
 from strategies.folder import RunFolder
 from strategies.rounds import Loop
 from strategies.server_app import app as server_app
@@ -248,7 +250,7 @@ def test_a_tracker_that_goes_away_does_not_end_the_training(
         for step in (1, 2):
             tracker.log({"exact.auc": 0.5}, step)
         assert len(said) == 1
-        assert "tried again at the end" in said[0]
+        assert "kept in the run's folder, and tried again" in said[0]
         # In the run this stands in `finally`: what it raised would hide the first error.
         tracker.finish(tmp_path, ok=False)
     assert len(said) == 2
@@ -257,6 +259,101 @@ def test_a_tracker_that_goes_away_does_not_end_the_training(
     client, logged = tracked(database, "away")
     assert logged.info.status == "FINISHED"
     assert [step for step, _ in history(client, logged.info.run_id, "exact.auc")] == [1, 2]
+
+
+CONFIG = ("privacy=off", "name=kept", "tracking.experiment=kept")
+
+
+def test_figures_outlive_an_mlflow_that_is_down_from_beginning_to_end(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Down at the start, at the end and in between, over two attempts; each figure comes once, at its own time."""
+    folder, said = tmp_path / "run", []
+    folder.mkdir()
+    config = run_config(*CONFIG, f"tracking.uri={database}")
+    write_json(folder / "config.json", to_dict(config))
+
+    def away(*_: object, **__: object) -> None:
+        raise ConfigError("tracking.uri: cannot be reached")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedmed.tracking.check", away)
+        for steps in ((1, 2), (3,)):
+            # What the second attempt loads is what the first one kept.
+            tracker = MlflowTracker(config.tracking, said.append, insist=False)
+            assert tracker.start(config, folder) is None
+            for step in steps:
+                tracker.log({"exact.auc": step / 10}, step)
+        times = [figure[2] for figure in kept(folder)["metrics"]]
+        tracker.finish(folder, ok=True)
+        assert not send_kept(folder, said.append)
+    assert kept(folder)["ended"] == "FINISHED"
+    assert all("MLflow" in line and "\n" not in line for line in said)
+
+    said.clear()
+    assert send_kept(folder, said.append)
+    assert said == []
+    assert kept(folder) == {}
+    client, logged = tracked(database, "kept")
+    assert logged.info.status == "FINISHED"
+    assert logged.info.run_name == "kept"
+    assert history(client, logged.info.run_id, "exact.auc") == [(1, 0.1), (2, 0.2), (3, 0.3)]
+    sent = [metric.timestamp for metric in client.get_metric_history(logged.info.run_id, "exact.auc")]
+    assert sorted(sent) == times
+    assert artifacts(client, logged.info.run_id) == {"config.json"}
+
+
+def test_an_mlflow_that_comes_back_gets_the_figures_while_the_run_goes_on(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not asked at every round meanwhile: each time could take half a minute."""
+    config = run_config("privacy=off", f"tracking.uri={database}", "tracking.experiment=back")
+    said: list[str] = []
+    tracker = MlflowTracker(config.tracking, said.append, insist=False)
+    asked = 0
+
+    def away(*_: object, **__: object) -> None:
+        nonlocal asked
+        asked += 1
+        raise ConfigError("tracking.uri: cannot be reached")
+
+    clock = 1000.0
+    monkeypatch.setattr("fedmed.tracking.time.monotonic", lambda: clock)
+    with monkeypatch.context() as patch:
+        patch.setattr("fedmed.tracking.check", away)
+        tracker.start(config, tmp_path)
+        for step in range(1, 101):
+            clock += 1
+            tracker.log({"seconds": 1.0}, step)
+    # At the start, after 30 s and after 60 s more.
+    assert asked == 3
+    assert len(kept(tmp_path)["metrics"]) == 100
+    clock += 600
+    tracker.log({"seconds": 1.0}, 101)
+    assert kept(tmp_path) == {}
+    assert len(said) == 2
+    assert "it has them all" in said[1]
+    client, logged = tracked(database, "back")
+    assert [step for step, _ in history(client, logged.info.run_id, "seconds")] == list(range(1, 102))
+
+
+def test_what_mlflow_has_already_it_does_not_take_twice(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is killed between sending and noting it sends again."""
+    config = run_config("privacy=off", f"tracking.uri={database}", "tracking.experiment=twice")
+    write_json(tmp_path / "config.json", to_dict(config))
+    tracker = MlflowTracker(config.tracking, pytest.fail)
+    tracker.start(config, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
+        tracker._next = time.monotonic() + 1000
+        tracker.log({"seconds": 1.0}, 1)
+        tracker.finish(tmp_path, ok=True)
+    assert len(kept(tmp_path)["metrics"]) == 1
+    assert send_kept(tmp_path, pytest.fail)
+    client, logged = tracked(database, "twice")
+    assert history(client, logged.info.run_id, "seconds") == [(1, 1.0)]
 
 
 def test_checking_a_place_writes_nothing_there(database: str, tmp_path: Path) -> None:
@@ -269,6 +366,9 @@ def test_a_missing_mlflow_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"pip install 'fedmed\[coordinator\]', or set tracking=none"):
         make_tracker(TrackingConfig(), print)
+    # Nor is it a reason to lose a consortium's figures unsaid.
+    with pytest.raises(ConfigError, match="MLflow is not installed"):
+        make_tracker(TrackingConfig(), print, insist=False)
     assert isinstance(make_tracker(TrackingConfig(kind="none"), print), NoTracker)
 
 

@@ -1,0 +1,1 @@
+"""The coordinator of a consortium: its folder, its processes, its commands."""
