@@ -124,8 +124,9 @@ class Gate:
         self._waits = {
             "/v1/fleet/pull-messages": (self._to_sites, HOLD),
             "/v1/runtime/pull-messages": (self._to_server, LOOK_AGAIN),
-            "/v1/runtime/acquire-task": (self._to_executor, HOLD),
         }
+        # How often that bell had rung when an executor last asked.
+        self._asked = 0
         self._rings = {
             "/v1/runtime/push-messages": self._to_sites,
             "/v1/fleet/push-messages": self._to_server,
@@ -148,6 +149,9 @@ class Gate:
         ):
             log.warning("refused: %s without the coordinator's secret, from %s", path, scope["client"])
             await _answer(send, 403, {})
+            return
+        if path == "/v1/runtime/acquire-task":
+            await self._awaited(scope, receive, send, _hold(headers))
             return
         if path in self._waits:
             bell, look = self._waits[path]
@@ -215,6 +219,13 @@ class Gate:
             gone.cancel()
         for event in answer.events:
             await send(event)
+
+    async def _awaited(self, scope: Scope, receive: Receive, send: Send, hold: float) -> None:
+        """Ask once, when a run was launched or after `hold` seconds: an executor's proof holds for one request."""
+        body = await _body(receive)
+        await self._to_executor.wait(self._asked, hold)
+        self._asked = self._to_executor.rung
+        await self._app(scope, _once(body), send)
 
 
 def _hold(headers: dict[bytes, bytes]) -> float:
