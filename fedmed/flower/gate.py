@@ -132,8 +132,6 @@ class Gate:
             "/v1/fleet/push-messages": self._to_server,
             "/v1/control/start-run": self._to_executor,
         }
-        # Signed with a number that Flower takes once: when the bell rings, who waits asks again.
-        self._signed_once = {"/v1/runtime/acquire-task"}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -217,8 +215,6 @@ class Gate:
                 if gone.done():
                     # What is fetched for somebody who hung up would be lost.
                     return
-                if scope["path"] in self._signed_once:
-                    break
         finally:
             gone.cancel()
         for event in answer.events:

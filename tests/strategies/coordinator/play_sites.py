@@ -18,7 +18,6 @@ from fedmed.flower.line import LinkError
 from fedmed.flower.site_link import SiteLink
 from strategies.coordinator.folder import CoordinatorFolder
 
-
 ONE = threading.Lock()
 
 
