@@ -256,5 +256,6 @@ def _say_end(console: RunConsole, folder: RunFolder, where: dict[str, str] | Non
     console.say(f"report: {folder.path / 'report.html'}")
     console.say(f"model card: {folder.path / 'MODEL_CARD.md'}")
     if where:
-        console.say(f"look further: mlflow ui --backend-store-uri {where['uri']}")
+        served = where["uri"].startswith("http")
+        console.say(f"look further: {'' if served else 'mlflow ui --backend-store-uri '}{where['uri']}")
     console.say(str(folder.path / "summary.json"))

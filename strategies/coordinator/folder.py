@@ -76,7 +76,7 @@ class CoordinatorFolder:
             CoordinatorError: there is none, a file is missing or damaged, or others than the owner may read it.
             ConfigError: its coordinator.yaml cannot be used.
         """
-        path = path.absolute()
+        path = path.resolve()
         try:
             present = {name for name in FILES if (path / name).is_file()}
             if present:

@@ -119,7 +119,7 @@ def mlflow(folder: CoordinatorFolder) -> Server | None:
         sys.executable, "-P", "-m", "mlflow", "server", "--host", "127.0.0.1",
         "--port", str(folder.config.mlflow_port), "--workers", "1",
         "--backend-store-uri", f"sqlite:///{folder.path / 'mlflow.db'}",
-        "--artifacts-destination", artifacts.as_uri(),
+        "--artifacts-destination", artifacts.as_uri(), "--uvicorn-opts", "--log-level warning",
     ]  # fmt: skip
     env = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     # It hands the signal on to the server that it starts.

@@ -195,7 +195,7 @@ def place_of(overrides: str, runs: Path) -> RunPlace | None:
         path = Path(json.loads(value))
     except (ValueError, IndexError, TypeError):
         return None
-    ours = key in ("resume", "run_dir") and path.parent == runs and (path / RECORD).is_file()
+    ours = key in ("resume", "run_dir") and path.parent.resolve() == runs and (path / RECORD).is_file()
     return RunPlace(path) if ours else None
 
 
