@@ -32,6 +32,10 @@ log = logging.getLogger("fedmed.site")
 WAIT = 2.0
 # Seconds between attempts to reach the coordinator, the first and the longest.
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
+# Seconds after which a stop is noticed while waiting.
+STEP = 0.5
+# Seconds for which a site stays after its last reply: Flower throws the reply of a site away that has left.
+LINGER = 3.0
 # After so many failures on a link that stands, a message or its reply is given up.
 TRIES = 5
 # Runs whose bundle's verdict is remembered.
@@ -80,6 +84,7 @@ class Daemon:
         self._fits: dict[int, bool] = {}
         self._stopping = False
         self._failures = 0
+        self._replied = -LINGER
 
     def stop(self) -> None:
         """End after the present message. Only a flag is set: a signal's handler may call it."""
@@ -91,7 +96,7 @@ class Daemon:
             while not self._stopping:
                 try:
                     self._node = self._link.connect()
-                    self._said("online", f"online as node {self._node}")
+                    self._said("online", f"as node {self._node}")
                     while not self._stopping:
                         self._turn()
                         self._failures = 0
@@ -104,8 +109,9 @@ class Daemon:
                     self._lost("unreachable", internal(error))
         finally:
             self._health.now("stopping")
-            log.info("stopped")
+            self._sleep(min(LINGER, max(0.0, self._replied + LINGER - time.monotonic())))
             self._link.close()
+            log.info("stopped")
 
     def _turn(self) -> None:
         """Receive a message, or wait for one; answer it. What is not answered when the link fails stays open."""
@@ -128,6 +134,7 @@ class Daemon:
             opened.reply = self._answer(opened.request)
         try:
             self._link.reply(opened.request, opened.reply)
+            self._replied = time.monotonic()
         except (LinkDown, LinkRefused):
             # Sent again once the coordinator is back: a site that was cut off loses no round.
             raise
@@ -178,9 +185,9 @@ class Daemon:
         self._said(state, why, why, refusal)
         self._failures += 1
         pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(self._failures - 1, 10)) * random.uniform(0.5, 1.0)
-        end = time.monotonic() + pause
-        while not self._stopping and (left := end - time.monotonic()) > 0:
-            self._sleep(min(left, 0.5))
+        while pause > 0 and not self._stopping:
+            self._sleep(min(pause, STEP))
+            pause -= STEP
 
     def _said(self, state: str, words: str, reason: str = "", refusal: str = "") -> None:
         """Take over a state, and log it where it is another one."""
