@@ -81,9 +81,10 @@ def _image_task(data: str, site: str) -> tuple[TaskConfig, str, str]:
         raise DataError(f"{data}: no image has a label; ingest it again with --labels FILE.csv")
     task = ImageTaskConfig(
         path=data, title="dry round", positive=classes[:1], negative=classes[1:] or ["none of the classes"],
-        modalities=list(manifest["by_modality"]), declared_sizes={"site": max(1, int(manifest["patients"]))},
+        modalities=list(manifest["by_modality"]), declared_sizes={site: max(1, int(manifest["patients"]))},
     )  # fmt: skip
-    return task, "site", f"'{classes[0]}' against the rest of {len(classes)} classes, for site '{site}'"
+    # A class is a cell of the labels' table: it is not named.
+    return task, site, f"one of {len(classes)} classes of images"
 
 
 def _table_task(data: str, policy: Policy) -> tuple[TaskConfig, str, str]:

@@ -31,7 +31,7 @@ from clients.policy_file import render
 from fedmed.errors import DataError, ModelError
 from fedmed.model import CnnModelConfig, TabularModelConfig
 from fedmed.task import ImageTaskConfig, TableTaskConfig
-from tests.clients.planted import MARK, PLANTERS, leaks
+from tests.clients.planted import PLANTERS, leaks
 from tests.clients.sites import make_site, table
 from tests.fedmed.flower.network import Network, free_port, write_certificates
 
@@ -210,28 +210,24 @@ def test_a_dry_round_trains_on_the_site_s_own_data_by_its_own_key(
 
 @pytest.mark.parametrize("kind", PLANTERS)
 def test_what_a_dry_round_prints_holds_no_record(kind: str, tmp_path: Path) -> None:
-    planted = PLANTERS[kind](tmp_path / "data") if (tmp_path / "data").mkdir() is None else None
-    assert planted is not None
-    task = next(text for text in planted.settings if text.startswith("task.path="))
-    place = Path(task.partition("=")[2])
-    folder = place / "a" if (place / "a").is_dir() else place
-    site = make_site(tmp_path / "a", "a", held_out="none", budget=30, data=str(folder)).path
+    (tmp_path / "data").mkdir()
+    planted = PLANTERS[kind](tmp_path / "data")
+    path = next(text for text in planted.settings if text.startswith("task.path=")).partition("=")[2]
+    data = str(Path(path) / "a") if kind == "image" else path
+    column = next((t for t in planted.settings if t.startswith("task.patient_column=")), "=").partition("=")[
+        2
+    ]
+    site = make_site(
+        tmp_path / "a", "a", held_out="none", budget=30, data=data, patient_column=column or None
+    ).path
     ended = subprocess.run(
         [sys.executable, "-P", "-m", "clients.dry_round", str(site)], capture_output=True, timeout=120,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     values = json.loads(ended.stdout)
-    assert "gpu" in values
+    assert values["seconds"] > 0, values
     assert ended.stderr == b""
-    own = {MARK.encode()} if kind != "table" else set()
-    assert not leaks(
-        ended.stdout, {c for c in planted.canaries if c not in own and c not in folder_names(folder)}
-    )
-
-
-def folder_names(folder: Path) -> set[bytes]:
-    """The parts of the path, which the engineer has typed."""
-    return {part.encode() for part in folder.parts}
+    assert not leaks(ended.stdout, planted.canaries)
 
 
 def policy(**values: Any) -> Policy:
