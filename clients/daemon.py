@@ -85,6 +85,7 @@ class Daemon:
         self._stopping = False
         self._failures = 0
         self._replied = -LINGER
+        self._last = ""
 
     def stop(self) -> None:
         """End after the present message. Only a flag is set: a signal's handler may call it."""
@@ -115,14 +116,10 @@ class Daemon:
 
     def _turn(self) -> None:
         """Receive a message, or wait for one; answer it. What is not answered when the link fails stays open."""
-        if self._open is None:
-            request = self._link.receive(WAIT)
-            self._health.last_contact = time.time()
-            if request is None:
-                self._health.now("online")
-                return
-            self._open = _Open(request)
-        opened = self._open
+        opened = self._open = self._open or self._received()
+        if opened is None:
+            self._health.now("online")
+            return
         if opened.tries >= TRIES:
             log.error(
                 "a message of run %d is given up after %d attempts to answer", opened.request.run, TRIES
@@ -132,6 +129,8 @@ class Daemon:
         opened.tries += 1
         if opened.reply is None:
             opened.reply = self._answer(opened.request)
+            # Let go of what was asked: a large message and its answer need not be in memory while this one is sent.
+            opened.request = Request(opened.request.run, opened.reply)
         try:
             self._link.reply(opened.request, opened.reply)
             self._replied = time.monotonic()
@@ -144,6 +143,11 @@ class Daemon:
         self._health.last_contact = time.time()
         self._health.now("online")
 
+    def _received(self) -> _Open | None:
+        request = self._link.receive(WAIT)
+        self._health.last_contact = time.time()
+        return None if request is None else _Open(request)
+
     def _answer(self, request: Request) -> Message:
         message, began = request.message, time.monotonic()
         run, round = asked(message)
@@ -153,12 +157,15 @@ class Daemon:
         if not self._known(request.run):
             log.warning("refused: %s", what)
             return refused(message, Code.BUNDLE)
-        log.info("begun: %s", what)
+        # A run that waits for a person asks for its quote every few seconds.
+        level = logging.DEBUG if what == self._last else logging.INFO
+        self._last = what
+        log.log(level, "begun: %s", what)
         reply = answered(
             self._app, message, run=request.run, node=self._node, node_config={"site-folder": str(self._folder)}
         )  # fmt: skip
         said = f" with '{reply.error.reason}'" if reply.has_error() else ""
-        log.info("answered%s after %.1f s: %s", said, time.monotonic() - began, what)
+        log.log(level, "answered%s after %.1f s: %s", said, time.monotonic() - began, what)
         return reply
 
     def _known(self, run: int) -> bool:
