@@ -32,6 +32,10 @@ log = logging.getLogger("fedmed.site")
 WAIT = 2.0
 # Seconds between attempts to reach the coordinator, the first and the longest.
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
+# Seconds after which a stop is noticed while waiting.
+STEP = 0.5
+# Seconds for which a site stays after its last reply: Flower throws the reply of a site away that has left.
+LINGER = 3.0
 # After so many failures on a link that stands, a message or its reply is given up.
 TRIES = 5
 # Runs whose bundle's verdict is remembered.
@@ -80,6 +84,8 @@ class Daemon:
         self._fits: dict[int, bool] = {}
         self._stopping = False
         self._failures = 0
+        self._replied = -LINGER
+        self._last = ""
 
     def stop(self) -> None:
         """End after the present message. Only a flag is set: a signal's handler may call it."""
@@ -91,7 +97,7 @@ class Daemon:
             while not self._stopping:
                 try:
                     self._node = self._link.connect()
-                    self._said("online", f"online as node {self._node}")
+                    self._said("online", f"as node {self._node}")
                     while not self._stopping:
                         self._turn()
                         self._failures = 0
@@ -104,19 +110,16 @@ class Daemon:
                     self._lost("unreachable", internal(error))
         finally:
             self._health.now("stopping")
-            log.info("stopped")
+            self._sleep(min(LINGER, max(0.0, self._replied + LINGER - time.monotonic())))
             self._link.close()
+            log.info("stopped")
 
     def _turn(self) -> None:
         """Receive a message, or wait for one; answer it. What is not answered when the link fails stays open."""
-        if self._open is None:
-            request = self._link.receive(WAIT)
-            self._health.last_contact = time.time()
-            if request is None:
-                self._health.now("online")
-                return
-            self._open = _Open(request)
-        opened = self._open
+        opened = self._open = self._open or self._received()
+        if opened is None:
+            self._health.now("online")
+            return
         if opened.tries >= TRIES:
             log.error(
                 "a message of run %d is given up after %d attempts to answer", opened.request.run, TRIES
@@ -126,8 +129,11 @@ class Daemon:
         opened.tries += 1
         if opened.reply is None:
             opened.reply = self._answer(opened.request)
+            # Let go of what was asked: a large message and its answer need not be in memory while this one is sent.
+            opened.request = Request(opened.request.run, opened.reply)
         try:
             self._link.reply(opened.request, opened.reply)
+            self._replied = time.monotonic()
         except (LinkDown, LinkRefused):
             # Sent again once the coordinator is back: a site that was cut off loses no round.
             raise
@@ -136,6 +142,11 @@ class Daemon:
         self._open = None
         self._health.last_contact = time.time()
         self._health.now("online")
+
+    def _received(self) -> _Open | None:
+        request = self._link.receive(WAIT)
+        self._health.last_contact = time.time()
+        return None if request is None else _Open(request)
 
     def _answer(self, request: Request) -> Message:
         message, began = request.message, time.monotonic()
@@ -146,12 +157,15 @@ class Daemon:
         if not self._known(request.run):
             log.warning("refused: %s", what)
             return refused(message, Code.BUNDLE)
-        log.info("begun: %s", what)
+        # A run that waits for a person asks for its quote every few seconds.
+        level = logging.DEBUG if what == self._last else logging.INFO
+        self._last = what
+        log.log(level, "begun: %s", what)
         reply = answered(
             self._app, message, run=request.run, node=self._node, node_config={"site-folder": str(self._folder)}
         )  # fmt: skip
         said = f" with '{reply.error.reason}'" if reply.has_error() else ""
-        log.info("answered%s after %.1f s: %s", said, time.monotonic() - began, what)
+        log.log(level, "answered%s after %.1f s: %s", said, time.monotonic() - began, what)
         return reply
 
     def _known(self, run: int) -> bool:
@@ -178,9 +192,9 @@ class Daemon:
         self._said(state, why, why, refusal)
         self._failures += 1
         pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(self._failures - 1, 10)) * random.uniform(0.5, 1.0)
-        end = time.monotonic() + pause
-        while not self._stopping and (left := end - time.monotonic()) > 0:
-            self._sleep(min(left, 0.5))
+        while pause > 0 and not self._stopping:
+            self._sleep(min(pause, STEP))
+            pause -= STEP
 
     def _said(self, state: str, words: str, reason: str = "", refusal: str = "") -> None:
         """Take over a state, and log it where it is another one."""

@@ -76,6 +76,7 @@ def add_commands(site: typer.Typer) -> None:
     site.command("status", help=STATUS_HELP)(status)
     site.command("pause", help=PAUSE_HELP)(pause)
     site.command("service", help=SERVICE_HELP)(service)
+    site.command("check", help=CHECK_HELP)(check)
 
 
 def start(
@@ -139,3 +140,21 @@ def service(folder: Folder) -> None:
         home=fedmed_home().absolute(), directory=Path.cwd(),
     )  # fmt: skip
     typer.echo(text, nl=False)
+
+
+def check(folder: Folder, as_json: AsJson = False) -> None:
+    """Look, print each line as soon as it is known."""
+    import clients.check
+    from clients.finding import Finding
+
+    found: list[Finding] = []
+    for finding in clients.check.check(folder):
+        found.append(finding)
+        if not as_json:
+            typer.echo(finding.line)
+    well = all(finding.ok for finding in found)
+    if as_json:
+        lines = [{"what": one.what, "ok": one.ok, "says": one.says} for one in found]
+        typer.echo(json.dumps({"ok": well, "findings": lines}, indent=2))
+    if not well:
+        raise typer.Exit(1)

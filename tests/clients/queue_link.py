@@ -45,6 +45,8 @@ class QueueLink:
         self.connects: list[Any] = []
         self.connected = self.bundles = self.closed = 0
         self.replies: list[Message] = []
+        # What each message that was handed out is answered by.
+        self.handed: list[str] = []
         self.stop: Callable[[], None] = lambda: None
 
     def connect(self) -> int:
@@ -64,6 +66,8 @@ class QueueLink:
         if callable(step):
             step()
             return None
+        if step is not None:
+            self.handed.append(step.message.metadata.message_id)
         return step
 
     def bundle(self, run: int) -> Bundle:
@@ -76,7 +80,8 @@ class QueueLink:
     def reply(self, request: Request, reply: Message) -> None:
         if self.refusals and (fault := self.refusals.pop(0)) is not None:
             raise fault
-        assert reply.metadata.reply_to_message_id == request.message.metadata.message_id
+        assert request.run
+        assert reply.metadata.reply_to_message_id == self.handed[-1]
         self.replies.append(reply)
 
     def close(self) -> None:
