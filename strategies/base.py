@@ -12,7 +12,7 @@ State = dict[str, NDArray[np.float64]]
 Block = NDArray[np.float64]
 
 # Elements of an array that are worked on at once: their float64 copies take a few MB, however large the array is.
-BLOCK = 2**20
+BLOCK = 2**18
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ class Consortium:
     # Why each site that has answered did not agree.
     _unready: dict[str, str] = field(default_factory=dict)
     _refusing: set[str] = field(default_factory=set)
+    _absent: dict[str, str] = field(default_factory=dict)
     _asked: dict[str, float] = field(default_factory=dict)
     _heard: float | None = None
     _started: bool = False
@@ -86,12 +87,12 @@ class Consortium:
             self._ask()
             if len(self.declared) - len(self._refusing) < self.quorum:
                 raise ConfigError(f"{self._short_of_quorum()}: {self._why_not()}")
-            if len(self.ready) >= self.quorum and (
-                self.ready | self._refusing >= {*self.declared} or self._over(self._heard, self.timeout)
-            ):
-                break
+            decided = self.ready | self._refusing >= {*self.declared}
             patience = max(self.timeout, self.approval_timeout) if self._waiting else self.timeout
-            if self._over(began, patience):
+            if len(self._here) >= self.quorum:
+                if decided or self._over(self._heard, self.timeout):
+                    break
+            elif self._over(began, patience):
                 raise RunError(f"{self._short_of_quorum()} after {patience:g} s: {self._why_not()}")
             time.sleep(LOOK_EVERY)
         for site, reason in self._others().items():
@@ -115,10 +116,12 @@ class Consortium:
                 )
             time.sleep(LOOK_EVERY)
             self._ask()
+        self._absent = self._others()
         return self._here
 
     def absent(self) -> dict[str, str]:
-        return self._others()
+        """Why the others were not asked to train, when those who are were chosen."""
+        return self._absent
 
     def questions(self) -> list[Question]:
         """To each site that is online and not ready, now and then: its quote."""
@@ -171,7 +174,7 @@ class Consortium:
         """Why each site that does not take part now does not."""
         here = set(self._here)
         return {
-            site: self._unready.get(site, "no answer") if site in self.sites.nodes else OFFLINE
+            site: self._unready.get(site, "has not agreed yet") if site in self.sites.nodes else OFFLINE
             for site in self.declared
             if site not in here
         }

@@ -24,6 +24,8 @@ from strategies.sites import Sites, Traffic
 from strategies.spool import Spool
 from strategies.summary import scores
 
+NO_ANSWER = "no answer"
+
 
 @dataclass
 class Loop:
@@ -81,11 +83,17 @@ class Loop:
         progress.hold(arrays_of(content))
         traffic = Traffic()
         spool = Spool(self.spool, digest(instruction_record(instruction)), list(self.plans))
-        used_up = [site for site in present if site not in spool.sites and self.spent.used_up(site)]
-        dropped = self._gather(instruction, content, spool, members, present, traffic)
+        used_up = {site for site in present if site not in spool.sites and self.spent.used_up(site)}
+        dropped = self._gather(number, content, spool, members, present, traffic)
+        quorum = quorum_of(self.config, self.plans)
+        if len(spool.sites) < quorum and self.config.federation.kind == "consortium":
+            # Those who fell silent may be back by now. Whoever had answered is not asked again, nor who answered badly.
+            again = {site for site in members.present(number) if dropped.get(site, NO_ANSWER) == NO_ANSWER}
+            dropped |= self._gather(number, content, spool, members, sorted(again), traffic)
+            dropped = {site: reason for site, reason in dropped.items() if site not in spool.sites}
         good = spool.sites
-        if len(good) < (quorum := quorum_of(self.config, self.plans)):
-            if len({*present} - {*used_up}) < quorum <= len(present):
+        if len(good) < quorum:
+            if len({*present} - used_up) < quorum <= len(present):
                 self._say_used_up(number)
                 return False
             raise RunError(
@@ -106,7 +114,7 @@ class Loop:
         asked = good if self.config.federation.kind == "consortium" else self.plans
         counts = self.sites.evaluate(instruction, progress.arrays, asked) if exact else {}
         progress.history.append(
-            self._entry(number, counts, dropped | members.absent(), good)
+            self._entry(number, counts, members.absent() | dropped, good)
             | {"bytes_up": traffic.up, "bytes_down": traffic.down, "seconds": round(elapsed, 4)}
         )
         self.finished(progress)
@@ -115,7 +123,7 @@ class Loop:
 
     def _gather(
         self,
-        instruction: Instruction,
+        number: int,
         content: RecordDict,
         spool: Spool,
         members: Members,
@@ -123,7 +131,7 @@ class Loop:
         traffic: Traffic,
     ) -> dict[str, str]:
         """Send the round and fill the spool with good replies; why each other one of those present is left out."""
-        number, expected = instruction.round, arrays_of(content)
+        expected = arrays_of(content)
         checks = Checks(
             expected=expected,
             round=number,
@@ -138,14 +146,14 @@ class Loop:
         dropped = {}
         replies = self.sites.train(content, asked, traffic, beside=members.questions(), heard=members.heard)
         for site, answer in replies:
-            reason = "no answer" if answer is None else checks.reason(site, *answer)
+            reason = NO_ANSWER if answer is None else checks.reason(site, *answer)
             if reason is not None:
                 dropped[site] = reason
             elif answer is not None:
                 spool.add(site, answer[1])
             # Or it would lie here while the next one is read.
             del answer
-        dropped |= {site: "no answer" for site in asked if site not in spool.sites and site not in dropped}
+        dropped |= {site: NO_ANSWER for site in asked if site not in spool.sites and site not in dropped}
         for site, reason in sorted(dropped.items()):
             self.warn(f"round {number}: '{site}' is left out: {reason}")
         return dropped
