@@ -166,7 +166,7 @@ def scores_record(site: str, counts: ScoreCounts) -> RecordDict:
 def read_scores(content: RecordDict) -> tuple[str, ScoreCounts]:
     """A site's name and its exact score counts."""
     site = _values("scores", content)["site"]
-    counts = _array(content.array_records["counts"]["counts"])
+    counts = _array(_arrays(content, "counts")["counts"])
     if counts.shape != (2, CELLS) or counts.dtype != np.int32 or (counts < 0).any():
         raise RunError("score counts are misshapen, of another type or negative")
     return site, ScoreCounts(counts.astype(np.int64))
@@ -192,10 +192,10 @@ def read_private_scores(content: RecordDict) -> tuple[str, HistogramPlan, NDArra
     if values["release"] != "private":
         raise RunError("private scores that are not marked as a private release")
     plan = from_dict(HistogramPlan, values["plan"], where="histogram")
-    arrays = content.array_records
-    if list(arrays) != ["histogram"] or list(arrays["histogram"]) != ["counts"]:
+    arrays = [name for name, record in content.items() if isinstance(record, ArrayRecord)]
+    if arrays != ["histogram"] or list(_arrays(content, "histogram")) != ["counts"]:
         raise RunError("private scores: expected one array")
-    counts = _array(arrays["histogram"]["counts"])
+    counts = _array(_arrays(content, "histogram")["counts"])
     good = isinstance(counts, np.ndarray) and counts.dtype == np.float64 and counts.shape == (2, plan.bins)
     if not good or not np.isfinite(counts).all():
         raise RunError("a private histogram is misshapen, of another type or not finite")
@@ -226,7 +226,7 @@ def head_record(digest: str, signature: str, drawn: int | None) -> ConfigRecord:
 
 def read_drawn(content: RecordDict) -> int | None:
     """How many rounds of the run its site's ledger was charged for; None where the reply does not say."""
-    record = content.config_records.get("ledger")
+    record = _texts(content, "ledger")
     drawn = None if record is None else record.get("drawn")
     if drawn is None:
         return None
@@ -237,7 +237,7 @@ def read_drawn(content: RecordDict) -> int | None:
 
 def read_head(content: RecordDict) -> tuple[str, str] | None:
     """The ledger's head in a reply: its hash and the site's signature; None from a site without a ledger."""
-    record = content.config_records.get("ledger")
+    record = _texts(content, "ledger")
     if record is None:
         return None
     head, signature = record.get("head"), record.get("signature")
@@ -302,7 +302,8 @@ def from_bytes(data: bytes) -> RecordDict:
 
 def array_bytes(content: RecordDict) -> int:
     """The bytes of all arrays in a message: what travels besides a few hundred bytes of text."""
-    return sum(len(array.data) for record in content.array_records.values() for array in record.values())
+    records = [record for record in content.values() if isinstance(record, ArrayRecord)]
+    return sum(len(array.data) for record in records for array in record.values())
 
 
 def _record(name: str, values: dict[str, Any], arrays: Arrays | None = None) -> RecordDict:
@@ -314,9 +315,10 @@ def _record(name: str, values: dict[str, Any], arrays: Arrays | None = None) -> 
 
 
 def _values(name: str, content: RecordDict) -> dict[str, Any]:
-    if name not in content.config_records:
+    texts = _texts(content, name)
+    if texts is None:
         raise RunError(f"a message without '{name}'; is fedmed the same version at both ends?")
-    values = json.loads(str(content.config_records[name]["json"]))
+    values = json.loads(str(texts["json"]))
     protocol = values.pop("protocol", None)
     if protocol != PROTOCOL:
         raise ConfigError(
@@ -331,9 +333,21 @@ def arrays_of(content: RecordDict) -> Arrays:
     Raises:
         RunError, ValueError: the bytes of one are no array of numbers.
     """
-    if "arrays" not in content.array_records:
-        return {}
-    return {name: _array(array) for name, array in content.array_records["arrays"].items()}
+    return {name: _array(array) for name, array in _arrays(content, "arrays").items()}
+
+
+# Not by `content.array_records` or `config_records`: what these give refers to itself, and would keep a message's bytes
+# in memory until Python next looks for such cycles.
+
+
+def _arrays(content: RecordDict, name: str) -> Mapping[str, Array]:
+    record = content.get(name)
+    return record if isinstance(record, ArrayRecord) else {}
+
+
+def _texts(content: RecordDict, name: str) -> ConfigRecord | None:
+    record = content.get(name)
+    return record if isinstance(record, ConfigRecord) else None
 
 
 def _array(array: Array) -> NDArray[Any]:
