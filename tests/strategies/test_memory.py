@@ -17,6 +17,7 @@ from fedmed.privacy.plan import make_plan
 from fedmed.records import Receipt, read_instruction, update_record
 from strategies.base import Arrays
 from strategies.folder import Progress, RunFolder
+from strategies.forecast import coordinator_payloads
 from strategies.replies import norm
 from strategies.rounds import Loop
 from strategies.sites import Sites
@@ -128,6 +129,9 @@ def test_at_most_three_payloads_and_what_the_strategy_keeps(
            f"{peak / PAYLOAD:.2f}")  # fmt: skip
     # More than that there is none: the count saw the arrays.
     assert 2 * PAYLOAD < peak <= payloads * PAYLOAD
+    # And it is what `fedmed plan` says, or a little less.
+    said = coordinator_payloads(config.strategy, draw(0), sites=SITES)
+    assert 0.7 * said <= peak / PAYLOAD <= said
 
 
 def test_so_says_the_system(replies: Path, tmp_path: Path) -> None:
@@ -158,3 +162,12 @@ def test_the_norm_of_a_large_update_is_that_of_its_numbers() -> None:
     values = draw(1)
     flat = np.concatenate([array.reshape(-1) for array in values.values()]).astype(np.float64)
     assert norm(values) == pytest.approx(float(np.linalg.norm(flat)), rel=1e-12)
+
+
+def test_a_strategy_that_needs_all_updates_is_sized_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None does yet: one that says so would hold every reply."""
+    strategy = run_config().strategy
+    one = coordinator_payloads(strategy, draw(0), sites=8)
+    assert one == 3
+    monkeypatch.setattr("strategies.fedavg.FedAvg.weighted_sum", False)
+    assert coordinator_payloads(strategy, draw(0), sites=8) == 2 + 8
