@@ -213,7 +213,7 @@ class Guard:
                 instruction.run_id, purpose=purpose, round=instruction.round, request=digest(content)
             )
         if isinstance(attempt, Stored):
-            return self.gate.release(Repeated(attempt.content))
+            return self.gate.release(Repeated(instruction.run_id, attempt.content))
         try:
             local_site.load(instruction)
             with self._logged():

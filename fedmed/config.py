@@ -291,10 +291,11 @@ class RunConfig:
             "false, unless task.public_benchmark=true: the references train on the same patients outside epsilon",
         )
         require(
-            not (self.reference and self.federation.sites),
+            not (self.reference and (self.federation.sites or self.federation.kind == "consortium")),
             "reference",
             "true",
-            "false with federation.sites: the references would train on the same patients again",
+            "false with federation.sites or federation=consortium: the references would train on the same patients "
+            "again",
         )
         require(
             not self.reference or self.privacy.metrics == "exact",

@@ -6,10 +6,11 @@ arrays. A message of another protocol version is refused.
 
 import dataclasses
 import hashlib
+import io
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,7 +133,7 @@ def read_instruction(content: RecordDict) -> tuple[Instruction, Arrays]:
     values["plans"] = {
         site: from_dict(PrivacyPlan, plan, where=f"plans.{site}") for site, plan in values["plans"].items()
     }
-    return Instruction(**values), _arrays(content)
+    return Instruction(**values), arrays_of(content)
 
 
 def quote_record(quote: Quote) -> RecordDict:
@@ -152,7 +153,7 @@ def update_record(receipt: Receipt, delta: Arrays) -> RecordDict:
 
 def read_update(content: RecordDict) -> tuple[Receipt, Arrays]:
     """A site's receipt and the change of its adapter."""
-    return from_dict(Receipt, _values("receipt", content), where="receipt"), _arrays(content)
+    return from_dict(Receipt, _values("receipt", content), where="receipt"), arrays_of(content)
 
 
 def scores_record(site: str, counts: ScoreCounts) -> RecordDict:
@@ -165,7 +166,7 @@ def scores_record(site: str, counts: ScoreCounts) -> RecordDict:
 def read_scores(content: RecordDict) -> tuple[str, ScoreCounts]:
     """A site's name and its exact score counts."""
     site = _values("scores", content)["site"]
-    counts = content.array_records["counts"]["counts"].numpy()
+    counts = _array(_arrays(content, "counts")["counts"])
     if counts.shape != (2, CELLS) or counts.dtype != np.int32 or (counts < 0).any():
         raise RunError("score counts are misshapen, of another type or negative")
     return site, ScoreCounts(counts.astype(np.int64))
@@ -191,10 +192,10 @@ def read_private_scores(content: RecordDict) -> tuple[str, HistogramPlan, NDArra
     if values["release"] != "private":
         raise RunError("private scores that are not marked as a private release")
     plan = from_dict(HistogramPlan, values["plan"], where="histogram")
-    arrays = content.array_records
-    if list(arrays) != ["histogram"] or list(arrays["histogram"]) != ["counts"]:
+    arrays = [name for name, record in content.items() if isinstance(record, ArrayRecord)]
+    if arrays != ["histogram"] or list(_arrays(content, "histogram")) != ["counts"]:
         raise RunError("private scores: expected one array")
-    counts = arrays["histogram"]["counts"].numpy()
+    counts = _array(_arrays(content, "histogram")["counts"])
     good = isinstance(counts, np.ndarray) and counts.dtype == np.float64 and counts.shape == (2, plan.bins)
     if not good or not np.isfinite(counts).all():
         raise RunError("a private histogram is misshapen, of another type or not finite")
@@ -211,14 +212,32 @@ def read_ended(content: RecordDict) -> str:
     return str(_values("ended", content)["run"])
 
 
-def head_record(digest: str, signature: str) -> ConfigRecord:
-    """What a site's ledger ends with: its coordinator keeps it, so that a later truncation shows."""
-    return ConfigRecord({"head": digest, "signature": signature})
+def head_record(digest: str, signature: str, drawn: int | None) -> ConfigRecord:
+    """What a site's ledger ends with: its coordinator keeps it, so that a later truncation shows.
+
+    Args:
+        drawn: how many rounds of the run that the reply belongs to were charged, so that the coordinator says the same.
+    """
+    record = ConfigRecord({"head": digest, "signature": signature})
+    if drawn is not None:
+        record["drawn"] = drawn
+    return record
+
+
+def read_drawn(content: RecordDict) -> int | None:
+    """How many rounds of the run its site's ledger was charged for; None where the reply does not say."""
+    record = _texts(content, "ledger")
+    drawn = None if record is None else record.get("drawn")
+    if drawn is None:
+        return None
+    if type(drawn) is not int or drawn < 0:
+        raise RunError("a malformed ledger receipt")
+    return drawn
 
 
 def read_head(content: RecordDict) -> tuple[str, str] | None:
     """The ledger's head in a reply: its hash and the site's signature; None from a site without a ledger."""
-    record = content.config_records.get("ledger")
+    record = _texts(content, "ledger")
     if record is None:
         return None
     head, signature = record.get("head"), record.get("signature")
@@ -231,7 +250,10 @@ def read_head(content: RecordDict) -> tuple[str, str] | None:
 
 def digest(content: RecordDict) -> str:
     """A sha256 over everything in a message's content, the same for equal contents."""
-    return hashlib.sha256(to_bytes(content)).hexdigest()
+    found = hashlib.sha256()
+    for part in _parts(content):
+        found.update(part)
+    return found.hexdigest()
 
 
 def to_bytes(content: RecordDict) -> bytes:
@@ -240,6 +262,10 @@ def to_bytes(content: RecordDict) -> bytes:
     Raises:
         RunError: it holds records of another kind than texts and arrays.
     """
+    return b"".join(_parts(content))
+
+
+def _parts(content: RecordDict) -> Iterator[bytes]:
     header: list[Any] = []
     parts: list[bytes] = []
     for name, record in sorted(content.items()):
@@ -252,28 +278,32 @@ def to_bytes(content: RecordDict) -> bytes:
             parts += [array.data for array in record.values()]
         else:
             raise RunError(f"a message holds a {type(record).__name__}")
-    return b"".join([json.dumps(header, sort_keys=True, allow_nan=False).encode(), b"\n", *parts])
+    yield json.dumps(header, sort_keys=True, allow_nan=False).encode()
+    yield b"\n"
+    yield from parts
 
 
 def from_bytes(data: bytes) -> RecordDict:
     """The content that `to_bytes` was given."""
-    header, _, rest = data.partition(b"\n")
+    at = data.index(b"\n") + 1
     content = RecordDict()
-    for name, values in json.loads(header):
+    for name, values in json.loads(data[: at - 1]):
         if isinstance(values, dict):
             content[name] = ConfigRecord(values)
             continue
         arrays = OrderedDict()
         for key, dtype, shape, stype, size in values:
-            arrays[key] = Array(dtype=dtype, shape=tuple(shape), stype=stype, data=rest[:size])
-            rest = rest[size:]
+            # Each is copied once: what remains is not.
+            arrays[key] = Array(dtype=dtype, shape=tuple(shape), stype=stype, data=data[at : at + size])
+            at += size
         content[name] = ArrayRecord(arrays)
     return content
 
 
 def array_bytes(content: RecordDict) -> int:
     """The bytes of all arrays in a message: what travels besides a few hundred bytes of text."""
-    return sum(len(array.data) for record in content.array_records.values() for array in record.values())
+    records = [record for record in content.values() if isinstance(record, ArrayRecord)]
+    return sum(len(array.data) for record in records for array in record.values())
 
 
 def _record(name: str, values: dict[str, Any], arrays: Arrays | None = None) -> RecordDict:
@@ -285,9 +315,10 @@ def _record(name: str, values: dict[str, Any], arrays: Arrays | None = None) -> 
 
 
 def _values(name: str, content: RecordDict) -> dict[str, Any]:
-    if name not in content.config_records:
+    texts = _texts(content, name)
+    if texts is None:
         raise RunError(f"a message without '{name}'; is fedmed the same version at both ends?")
-    values = json.loads(str(content.config_records[name]["json"]))
+    values = json.loads(str(texts["json"]))
     protocol = values.pop("protocol", None)
     if protocol != PROTOCOL:
         raise ConfigError(
@@ -296,11 +327,38 @@ def _values(name: str, content: RecordDict) -> dict[str, Any]:
     return values
 
 
-def _arrays(content: RecordDict) -> Arrays:
-    if "arrays" not in content.array_records:
-        return {}
-    arrays = {name: array.numpy() for name, array in content.array_records["arrays"].items()}
-    if not all(isinstance(values, np.ndarray) for values in arrays.values()):
-        # NumPy opens an archive as something that looks like a mapping.
-        raise RunError("an array's bytes are an archive")
-    return arrays
+def arrays_of(content: RecordDict) -> Arrays:
+    """A message's arrays over its own bytes: read-only, and no copy of them (`Array.numpy` makes one).
+
+    Raises:
+        RunError, ValueError: the bytes of one are no array of numbers.
+    """
+    return {name: _array(array) for name, array in _arrays(content, "arrays").items()}
+
+
+# Not by `content.array_records` or `config_records`: what these give refers to itself, and would keep a message's bytes
+# in memory until Python next looks for such cycles.
+
+
+def _arrays(content: RecordDict, name: str) -> Mapping[str, Array]:
+    record = content.get(name)
+    return record if isinstance(record, ArrayRecord) else {}
+
+
+def _texts(content: RecordDict, name: str) -> ConfigRecord | None:
+    record = content.get(name)
+    return record if isinstance(record, ConfigRecord) else None
+
+
+def _array(array: Array) -> NDArray[Any]:
+    if array.stype != "numpy.ndarray":
+        raise RunError("an array of another serialiser")
+    file = io.BytesIO(array.data)
+    if np.lib.format.read_magic(file) != (1, 0):
+        # An archive, too, ends here: NumPy opens it as something that looks like a mapping.
+        raise RunError("an array of another format")
+    shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.hasobject:
+        raise RunError("an array of objects")
+    flat = np.frombuffer(array.data, dtype, count=math.prod(shape), offset=file.tell())
+    return flat.reshape(shape, order="F" if columns_first else "C")

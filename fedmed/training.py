@@ -94,7 +94,8 @@ def set_adapter(model: Classifier, arrays: Mapping[str, NDArray[np.float32]]) ->
         for name, parameter in parameters.items():
             if tuple(arrays[name].shape) != tuple(parameter.shape):
                 raise ValueError("adapter arrays are misshapen")
-            parameter.copy_(torch.from_numpy(np.ascontiguousarray(arrays[name], dtype=np.float32)))
+            # A copy, of one array at a time: what a message holds is read-only, which PyTorch does not know.
+            parameter.copy_(torch.from_numpy(np.array(arrays[name], dtype=np.float32)))
 
 
 def train(

@@ -234,6 +234,7 @@ def print_forecast(values: dict[str, Any]) -> None:
     console.print(table)
     lines = [
         f"bytes a round, all sites: {values['bytes_up_per_round']:,} up, {values['bytes_down_per_round']:,} down",
+        memory_in_words(values["memory"]),
         f"measured here, one core, made-up records of the largest site: {seconds['step']:.3f} s a step, "
         f"{seconds['prepare']:.1f} s once to prepare, {seconds['training_per_site']:.1f} s of training a site",
         "nothing was trained and no record was opened to train on",
@@ -253,6 +254,16 @@ def print_forecast(values: dict[str, Any]) -> None:
     for ledger in values.get("ledgers", []):
         for line in ledger_lines(ledger):
             console.print(line, soft_wrap=True)
+
+
+def memory_in_words(memory: dict[str, Any]) -> str:
+    """What a round takes in memory at both ends."""
+    payload = (
+        f"{memory['coordinator_payloads']:.1f} times the adapter's {1e6 * memory['payload_mb']:,.0f} bytes"
+    )
+    at_once = " (the strategy needs all updates at once)" if memory["all_updates_at_once"] else ""
+    coordinator, site = f"{memory['coordinator_mb']:,.0f} MB", f"{memory['site_mb']:,.0f} MB"
+    return f"memory at most: coordinator {coordinator}, {payload}{at_once} and the program; a site {site}, measured here"
 
 
 def ledger_lines(values: dict[str, Any]) -> list[str]:

@@ -7,13 +7,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmed.config import StrategyConfig
-from strategies.base import Arrays, State, Update, mean_delta, moved
+from strategies.base import Arrays, State, Update, by_block
 
 Values = NDArray[np.float64]
 
 
 class FedOpt(ABC):
     """x + rate * m / (sqrt(v) + tau), where m averages the changes and `second_moment` gives v."""
+
+    weighted_sum = True
+    moments = 2
 
     def __init__(self, config: StrategyConfig) -> None:
         self._config = config
@@ -31,14 +34,14 @@ class FedOpt(ABC):
 
     def aggregate(self, arrays: Arrays, updates: Mapping[str, Update]) -> Arrays:
         self._rounds += 1
-        beta = self._config.beta_1
-        step: State = {}
-        for name, change in mean_delta(updates).items():
-            zero = np.zeros_like(change)
-            self._m[name] = beta * self._m.get(name, zero) + (1 - beta) * change
-            self._v[name] = self.second_moment(self._v.get(name, zero), change**2)
-            step[name] = self.rate() * self._m[name] / (np.sqrt(self._v[name]) + self._config.tau)
-        return moved(arrays, step)
+        beta, rate, tau = self._config.beta_1, self.rate(), self._config.tau
+
+        def step(change: Values, m: Values, v: Values) -> tuple[Values, Values, Values]:
+            m = beta * m + (1 - beta) * change
+            v = self.second_moment(v, change**2)
+            return rate * m / (np.sqrt(v) + tau), m, v
+
+        return by_block(arrays, updates, step, self._m, self._v)
 
     def state(self) -> State:
         saved: State = {"rounds": np.array(float(self._rounds))}

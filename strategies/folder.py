@@ -12,17 +12,20 @@ from typing import Any
 
 import numpy as np
 import safetensors
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load_file
 
-from fedmed.atomic import write_bytes, write_json
+from fedmed.atomic import write_json, write_parts
 from fedmed.config import RunConfig
 from fedmed.errors import ConfigError
 from fedmed.privacy.plan import PrivacyPlan
 from fedmed.schema import from_dict, to_dict
 from strategies.base import Arrays, State
+from strategies.tensors import tensor_parts
 
 CHECKPOINT = "checkpoint.safetensors"
 RECEIPTS = "receipts.jsonl"
+# The replies of the round that is under way.
+REPLIES = "replies"
 # What a finished run says of its cost, for people and for programs.
 STATEMENTS = ("summary.json", "report.html", "MODEL_CARD.md")
 
@@ -40,6 +43,12 @@ class Progress:
     # Seconds of training and of everything so far, over all attempts.
     seconds: float = 0.0
     total_seconds: float = 0.0
+
+    def hold(self, arrays: Arrays) -> None:
+        """Go on with the same values that lie somewhere else in memory."""
+        self.arrays = arrays
+        if self.recent:
+            self.recent[-1] = arrays
 
     def released(self) -> Arrays:
         """What is released: the mean of the last `strategy.average_last` global adapters (post-processing)."""
@@ -134,6 +143,15 @@ class RunFolder:
         """How many times a round has been sent to the sites, finished or not."""
         return self._events("round-sent")
 
+    def sent_after(self, round: int) -> list[list[str]]:
+        """The sites that each round after `round` was sent to, once for each time that one was."""
+        entries = (json.loads(line) for line in self._whole_lines().splitlines())
+        return [
+            entry.get("sites", [])
+            for entry in entries
+            if entry["event"] == "round-sent" and entry["round"] > round
+        ]
+
     def metrics_asked(self) -> bool:
         """Whether the sites have been asked for private metrics: these are then spent, whatever came back."""
         return self._events("metrics-sent") > 0
@@ -159,9 +177,7 @@ class RunFolder:
             "total_seconds": repr(progress.total_seconds),
             "history": json.dumps(progress.history),
         }
-        # Not np.ascontiguousarray, which makes a vector of a scalar.
-        contiguous = {name: np.asarray(value, order="C") for name, value in tensors.items()}
-        write_bytes(self.path / CHECKPOINT, save(contiguous, metadata=metadata))
+        write_parts(self.path / CHECKPOINT, tensor_parts(tensors, metadata))
 
     def load(self) -> Progress | None:
         """The last finished round, or None before the first."""

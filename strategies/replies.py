@@ -1,11 +1,18 @@
 """Bad replies are dropped before they can end a run or spoil the model."""
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
+from fedmed.config import RunConfig
+from fedmed.privacy.plan import PrivacyPlan
 from fedmed.records import Receipt
-from strategies.base import Arrays, Update
+from strategies.base import Arrays, blocks
+
+# An honest update is this much smaller than the bound that its plan gives: declared sizes are no more than declared.
+SLACK = 10.0
 
 
 def problem(delta: Arrays, expected: Arrays) -> str | None:
@@ -16,46 +23,84 @@ def problem(delta: Arrays, expected: Arrays) -> str | None:
         return "misshapen arrays"
     if any(delta[name].dtype != np.float32 for name in expected):
         return "arrays of another type than float32"
-    if not all(np.isfinite(values).all() for values in delta.values()):
-        return "non-finite values"
+    for values in delta.values():
+        flat = values.reshape(-1)
+        if not all(np.isfinite(flat[block]).all() for block in blocks(flat.size)):
+            return "non-finite values"
     return None
 
 
-def norm(delta: Arrays) -> float:
-    """The L2 norm of a whole update, in float64."""
-    return float(np.sqrt(sum(np.sum(values.astype(np.float64) ** 2) for values in delta.values())))
+def norm(arrays: Arrays) -> float:
+    """The L2 norm of all arrays together, in float64."""
+    total = 0.0
+    for values in arrays.values():
+        flat = values.reshape(-1)
+        for block in blocks(flat.size):
+            total += float(np.sum(flat[block].astype(np.float64) ** 2))
+    return math.sqrt(total)
 
 
-def good_updates(
-    replies: Mapping[str, tuple[Receipt, Arrays]],
-    expected: Arrays,
-    *,
-    round: int,
-    weights: Mapping[str, int],
-    norm_bound: float = 0.0,
-    noise_draws: int | None = None,
-) -> tuple[dict[str, Update], dict[str, str]]:
-    """The usable updates, and why each other site's reply was dropped.
+@dataclass(frozen=True, kw_only=True)
+class Checks:
+    """What each reply to a round is held against.
 
-    Args:
+    Attributes:
+        expected: arrays of the names and shapes that an update must have.
         weights: declared sizes; a receipt that says otherwise is dropped, so that no site can weigh itself.
-        norm_bound: drop updates with a larger L2 norm; 0: no bound.
+        norm_bounds: drop a site's update with a larger L2 norm; of a site that is not in it none.
         noise_draws: how often a round adds noise; a receipt that says otherwise is dropped.
     """
-    good: dict[str, Update] = {}
-    dropped: dict[str, str] = {}
-    for site, (receipt, delta) in sorted(replies.items()):
-        reason = problem(delta, expected)
-        if reason is None and receipt.round != round:
-            reason = f"an answer to round {receipt.round}"
-        if reason is None and receipt.declared_size != weights[site]:
-            reason = "another declared size than the run's"
-        if reason is None and noise_draws is not None and receipt.noise_draws != noise_draws:
-            reason = f"{receipt.noise_draws} noise draws instead of {noise_draws}"
-        if reason is None and norm_bound and norm(delta) > norm_bound:
-            reason = f"norm {norm(delta):.3g} above strategy.norm_bound={norm_bound:g}"
-        if reason is None:
-            good[site] = Update(delta, weights[site])
-        else:
-            dropped[site] = reason
-    return good, dropped
+
+    expected: Arrays
+    round: int
+    weights: Mapping[str, int]
+    norm_bounds: Mapping[str, float]
+    noise_draws: int | None = None
+
+    def reason(self, site: str, receipt: Receipt, delta: Arrays) -> str | None:
+        """Why a site's reply cannot be used, or None."""
+        found = problem(delta, self.expected)
+        if found is not None:
+            return found
+        if receipt.round != self.round:
+            return f"an answer to round {receipt.round}"
+        if receipt.declared_size != self.weights[site]:
+            return "another declared size than the run's"
+        if self.noise_draws is not None and receipt.noise_draws != self.noise_draws:
+            return f"{receipt.noise_draws} noise draws instead of {self.noise_draws}"
+        bound = self.norm_bounds.get(site)
+        if bound is not None and (size := norm(delta)) > bound:
+            return f"norm {size:.3g} above {bound:.3g} (strategy.norm_bound sets another bound)"
+        return None
+
+
+def norm_bounds(config: RunConfig, plans: Mapping[str, PrivacyPlan], arrays: Arrays) -> dict[str, float]:
+    """The norm above which a site's update is dropped: `strategy.norm_bound`; in a consortium also without it, where
+    the plan says how large an honest update can be."""
+    if config.strategy.norm_bound:
+        return dict.fromkeys(plans, config.strategy.norm_bound)
+    if config.federation.kind != "consortium" or config.privacy.kind == "off":
+        return {}
+    return {site: plan_bound(config, plan, arrays) for site, plan in plans.items()}
+
+
+def plan_bound(config: RunConfig, plan: PrivacyPlan, arrays: Arrays) -> float:
+    """`SLACK` times the norm that an honest update of one round is expected to stay below (privacy.md, rule 22).
+
+    A step of SGD moves by at most learning rate x (clip + noise), the noise's norm being noise multiplier x clip
+    x sqrt(parameters) / expected batch; momentum m multiplies it by at most 1 / (1 - m). A step of AdamW moves each
+    parameter by at most (1 - 0.9) / sqrt(1 - 0.999) learning rates (Kingma and Ba 2015, section 2.1). Weight decay and
+    the proximal term pull by the norm of the global adapter, and of the update itself.
+    """
+    training, parameters = config.training, sum(values.size for values in arrays.values())
+    rate = float(training.learning_rate or 0)
+    if training.optimizer == "adam":
+        step = rate * (1 - 0.9) / math.sqrt(1 - 0.999) * math.sqrt(parameters)
+    else:
+        # Beyond the square root of the number: a chi distribution's tail, once in 10^8.
+        noise = plan.noise_multiplier * (math.sqrt(parameters) + 6) / plan.expected_batch
+        step = rate * plan.max_grad_norm * (1 + noise) / (1 - training.momentum)
+    decay = rate * training.weight_decay / (1 - training.momentum) * norm(arrays)
+    pulled = 1 + rate * config.strategy.proximal_mu / (1 - training.momentum)
+    # Steps that pull back by more than they went (rate x proximal_mu > 2) grow; no bound is meant to catch those.
+    return SLACK * training.steps_per_round * (step + decay) * pulled

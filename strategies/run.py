@@ -1,10 +1,11 @@
 """A run from its configuration to its folder: quotes, rounds, references, release, report."""
 
-import dataclasses
 import logging
 import secrets
 import shlex
+import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ from flwr.serverapp import Grid
 
 from fedmed.atomic import write_json
 from fedmed.config import RunConfig
-from fedmed.errors import ConfigError, Interrupted
+from fedmed.errors import Interrupted
 from fedmed.models.build import build as build_model
 from fedmed.models.classifier import Classifier
 from fedmed.models.export import export, write_card
 from fedmed.privacy.accounting import round_up
-from fedmed.privacy.histogram import HistogramPlan, metrics_plans, site_epsilon
-from fedmed.privacy.plan import PrivacyPlan, check_sampler, make_plan
+from fedmed.privacy.histogram import metrics_plans, site_epsilon
+from fedmed.privacy.plan import PrivacyPlan, check_sampler
 from fedmed.records import Instruction
 from fedmed.report.html import write_report
 from fedmed.resources import PeakMemory
@@ -26,7 +27,9 @@ from fedmed.tracking import Tracker, make_tracker
 from fedmed.training import one_thread
 from strategies.console import RunConsole
 from strategies.evaluation import evaluate_released, final_figures
-from strategies.folder import Progress, RunFolder
+from strategies.folder import REPLIES, Progress, RunFolder
+from strategies.launch import admit, asked, plans_of
+from strategies.members import Members, Spent
 from strategies.references import train_references
 from strategies.rounds import Loop
 from strategies.sites import Sites
@@ -50,8 +53,8 @@ def run(config: RunConfig, grid: Grid) -> Path:
     one_thread()
     with PeakMemory() as memory:
         folder = RunFolder(Path(config.resume)) if config.resume else None
-        plans = _plans(config, folder)
-        config = _asked(config, plans)
+        plans = plans_of(config, folder)
+        config = asked(config, plans)
         # Refuses what is not worth its epsilon.
         histograms = metrics_plans(config.task, config.privacy)
         # Before the grid forks its workers, so that they share the loaded model.
@@ -59,18 +62,17 @@ def run(config: RunConfig, grid: Grid) -> Path:
         if config.private:
             check_sampler(plans.values(), parameters=model.trainable)
         run_id = folder.run_id if folder else f"{config.name}-{secrets.token_hex(6)}"
-        heads: list[tuple[str, str, str]] = []
-        sites = Sites(grid, config.federation.timeout, received=lambda *head: heads.append(head))
+        folder = folder or RunFolder.create(config, plans, run_id=run_id)
+        sites = Sites(grid, config.federation.timeout, received=folder.receive)
         launch = Instruction.of(config, plans, run_id=run_id, round=0)
-        folder = _admitted(config, plans, histograms, sites, launch, console, folder)
         ok, where = False, None
-        sites.received = folder.receive
         try:
-            for head in heads:
-                folder.receive(*head)
+            members = admit(config, plans, histograms, sites, launch, console)
+            if config.resume:
+                folder.change(config, plans)
             _say_start(console, config, plans, folder)
             where = tracker.start(config, folder.path)
-            progress = _train(config, sites, plans, folder, model, console, tracker, began)
+            progress = _train(config, sites, members, plans, folder, model, console, tracker, began)
             trained = time.monotonic()
             released = progress.released()
             final = Instruction.of(config, plans, run_id=run_id, round=progress.round)
@@ -110,69 +112,10 @@ def run(config: RunConfig, grid: Grid) -> Path:
     return folder.path
 
 
-def _admitted(
-    config: RunConfig,
-    plans: dict[str, PrivacyPlan],
-    histograms: dict[str, HistogramPlan],
-    sites: Sites,
-    launch: Instruction,
-    console: RunConsole,
-    folder: RunFolder | None,
-) -> RunFolder:
-    """The run's folder, once every site has agreed to the run and, where it keeps a ledger, promised its budget.
-
-    A run that does not start gives back what some sites have promised already.
-    """
-
-    def waits(reasons: dict[str, str]) -> None:
-        for site, reason in sorted(reasons.items()):
-            console.say(f"site '{site}': {reason}: fedmed site approve DIR {launch.run_id}")
-
-    # Before they are asked: sites that are played by workers forked from this process then find it computed.
-    ours = {site: site_epsilon(plan, histograms.get(site)) for site, plan in plans.items()}
-    try:
-        quotes = sites.connect(launch, approval_timeout=config.federation.approval_timeout, waits=waits)
-        for site, quote in quotes.items():
-            if quote.declared_size != plans[site].declared_size:
-                raise ConfigError(
-                    f"site '{site}' declares {quote.declared_size} patients, the run another number"
-                )
-            if config.private and quote.epsilon is not None and quote.epsilon > ours[site] * 1.001:
-                raise ConfigError(
-                    f"site '{site}' accounts epsilon {quote.epsilon}, the run less; same versions?"
-                )
-        if folder is None:
-            return RunFolder.create(config, plans, run_id=launch.run_id)
-        folder.change(config, plans)
-        return folder
-    except BaseException:
-        if folder is None:
-            sites.end(launch)
-        raise
-
-
-def _plans(config: RunConfig, folder: RunFolder | None) -> dict[str, PrivacyPlan]:
-    """New plans, or those under which a resumed run started: its noise never changes half-way."""
-    if folder is None:
-        return {site: make_plan(config, site) for site in config.task.declared_sizes}
-    # Fewer rounds than planned are charged as planned: PLD holds for the plan that was fixed in advance.
-    return {
-        site: dataclasses.replace(plan, rounds=max(plan.rounds, config.rounds))
-        for site, plan in folder.plans().items()
-    }
-
-
-def _asked(config: RunConfig, plans: dict[str, PrivacyPlan]) -> RunConfig:
-    """The run with the epsilon that it asks the sites for: more rounds of a resumed run cost more."""
-    if not config.resume or config.privacy.kind == "off" or config.privacy.epsilon is None:
-        return config
-    epsilon = max(config.privacy.epsilon, *(plan.epsilon() for plan in plans.values()))
-    return dataclasses.replace(config, privacy=dataclasses.replace(config.privacy, epsilon=epsilon))
-
-
 def _train(
     config: RunConfig,
     sites: Sites,
+    members: Members,
     plans: dict[str, PrivacyPlan],
     folder: RunFolder,
     model: Classifier,
@@ -181,12 +124,22 @@ def _train(
     began: float,
 ) -> Progress:
     progress = folder.load() or Progress(round=0, arrays=model.initialise(config.seed))
-    interrupted = folder.rounds_sent() - progress.round
     earlier = progress.total_seconds
-    until = _last_round(config, interrupted, progress, console)
+    if config.resume:
+        console.say(f"resumed after round {progress.round} of {config.rounds}")
+    replies, until = folder.path / REPLIES, config.rounds
+    if keep_ledgers(config):
+        before = (progress.history[-1].get("spent") if progress.history else None) or {}
+        promised = plans if config.privacy.kind == "dp" else {}
+        spent = Spent.by_ledgers(before, folder.sent_after(progress.round), promised)
+    else:
+        # Asked again, a site without a ledger trains again: what it has answered is not used beside that.
+        shutil.rmtree(replies, ignore_errors=True)
+        spent = Spent(dict.fromkeys(plans, folder.rounds_sent()))
+        until = _last_round(config, folder.rounds_sent() - progress.round, progress, console)
 
-    def sent(number: int) -> None:
-        folder.journal(event="round-sent", round=number)
+    def sent(number: int, names: Sequence[str]) -> None:
+        folder.journal(event="round-sent", round=number, sites=list(names))
 
     def finished(now: Progress) -> None:
         now.total_seconds = earlier + time.monotonic() - began
@@ -196,8 +149,9 @@ def _train(
         tracker.log(_tracked(entry), entry["round"])
 
     loop = Loop(
-        config, sites, plans, folder.run_id, interrupted, sent=sent, finished=finished, warn=console.warn
-    )
+        config, sites, plans, folder.run_id, members=members, spent=spent, spool=replies, sent=sent,
+        finished=finished, warn=console.warn,
+    )  # fmt: skip
     console.begin("federated training", until, progress.round)
     loop.run(progress, until=until)
     console.end()
@@ -205,11 +159,14 @@ def _train(
     return progress
 
 
+def keep_ledgers(config: RunConfig) -> bool:
+    """Whether the run's sites remember what they answered: asked again, they repeat it and charge nothing."""
+    return config.federation.kind == "consortium" or config.federation.sites is not None
+
+
 def _last_round(config: RunConfig, interrupted: int, progress: Progress, console: RunConsole) -> int:
     """The round to stop at. A round that was sent and never finished has spent its budget: under privacy the
     run then ends that many rounds earlier, and so stays within its plan."""
-    if config.resume:
-        console.say(f"resumed after round {progress.round} of {config.rounds}")
     if not interrupted or config.privacy.kind == "off":
         return config.rounds
     console.warn(

@@ -356,6 +356,12 @@ def test_a_plan_says_what_the_run_then_spends(
     assert plan["bytes_up_per_round"] == summary["bytes_up_per_round"] > 0
     assert plan["bytes_down_per_round"] == summary["bytes_down_per_round"] > 0
     assert plan["seconds"]["step"] > 0
+    memory = plan["memory"]
+    assert memory["payload_mb"] * 1e6 * 4 == plan["bytes_up_per_round"]
+    assert memory["coordinator_payloads"] == 3
+    assert not memory["all_updates_at_once"]
+    # A program with torch in it.
+    assert min(memory["coordinator_mb"], memory["site_mb"]) > 100
     assert plan["seconds"]["training_per_site"] == pytest.approx(3 * plan["seconds"]["step"])
 
 

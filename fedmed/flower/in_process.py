@@ -125,12 +125,14 @@ class InProcessGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
+        return list(self.gather(messages, timeout=timeout))
+
+    def gather(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """Send messages; the replies as they come, none of which is held here. Who stops early misses the rest."""
         sent = [_identified(message) for message in messages]
         end = None if timeout is None else time.monotonic() + timeout
         self.start_workers()
-        if self._workers is None:
-            return list(self._call_here(sent, end))
-        return list(self._gather(self._workers, sent, end))
+        return self._call_here(sent, end) if self._workers is None else self._gather(self._workers, sent, end)
 
     def _call_here(self, sent: list[Message], end: float | None) -> Iterator[Message]:
         for message in sent:
@@ -138,6 +140,7 @@ class InProcessGrid(Grid):
             if end is not None and time.monotonic() > end:
                 return
             yield _identified(reply)
+            del reply
 
     def _gather(self, workers: list["_Worker"], sent: list[Message], end: float | None) -> Iterator[Message]:
         waiting = {message.metadata.message_id: message for message in sent}
@@ -167,6 +170,8 @@ class InProcessGrid(Grid):
                     # A reply to an earlier call, which had waited long enough, is of no use any more.
                     if reply is not None and waiting.pop(key, None) is not None:
                         yield _identified(reply)
+                    # Or it would lie here while the next one is read.
+                    del reply
 
     def close(self) -> None:
         """End the workers."""

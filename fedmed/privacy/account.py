@@ -97,6 +97,11 @@ class Account:
         """A run's holds that have not been given back."""
         return [hold for hold in self.holds.values() if hold.run == run and not hold.closed]
 
+    def drawn(self, run: str) -> int:
+        """How many rounds of training a run was charged for: all that were begun and not refunded."""
+        hold = self.holds.get((run, "train"))
+        return hold.rounds - hold.left if hold else 0
+
     def pending(self) -> Iterator[Attempt]:
         """Attempts that were reserved and never came to an end: they count as spent."""
         return (a for a in self.attempts.values() if a.state in ("reserved", "opened"))

@@ -78,8 +78,9 @@ class Approved:
 
 @dataclass(frozen=True)
 class Repeated:
-    """What an equal request was answered with before."""
+    """What an equal request of a run was answered with before."""
 
+    run: str
     content: bytes
 
 
@@ -113,8 +114,16 @@ class Gate:
         content = self._content(value)
         if self._ledger is not None:
             head = self._ledger.head()
-            content["ledger"] = head_record(head["hash"], head["signature"])
+            content["ledger"] = head_record(head["hash"], head["signature"], self._drawn(value))
         return content
+
+    def _drawn(self, value: Releasable) -> int | None:
+        """How many rounds of the value's run the ledger was charged for: as many as were asked for and not refunded."""
+        assert self._ledger is not None
+        if isinstance(value, Quote):
+            return None
+        run = value.attempt.run if isinstance(value, Privatised) else value.run
+        return self._ledger.account.drawn(run)
 
     def _content(self, value: Releasable) -> RecordDict:
         if isinstance(value, Quote):

@@ -31,6 +31,7 @@ from strategies.sites import Sites
 # From an honest site's receipt and update, what the site sends instead.
 Train = Callable[[Instruction, Receipt, Arrays], RecordDict]
 Evaluate = Callable[[str], RecordDict]
+Answer = Callable[[Quote], Quote]
 
 NAMES = ("A", "B", "C", "D")
 SHAPES = {"w": (3, 2), "b": (1,), "scale": ()}
@@ -54,11 +55,13 @@ def client_app(
     train: dict[str, Train] | None = None,
     evaluate: dict[str, Evaluate] | None = None,
     names: dict[str, str | None] | None = None,
+    quotes: dict[str, Answer] | None = None,
 ) -> ClientApp:
     """Sites that are honest but where a name is given.
 
     Args:
         names: what a site calls itself in its quote; None: it gives no quote.
+        quotes: from an honest quote, what the site says instead.
     """
     app = ClientApp()
 
@@ -73,7 +76,8 @@ def client_app(
         name = (names or {}).get(site, site)
         if name is None:
             raise RuntimeError
-        return Message(quote_record(Quote(site=name, declared_size=size, epsilon=None)), reply_to=message)
+        quote = Quote(site=name, declared_size=size, epsilon=None)
+        return Message(quote_record((quotes or {}).get(site, lambda q: q)(quote)), reply_to=message)
 
     @app.train()
     def _train(message: Message, context: Context) -> Message:

@@ -7,7 +7,7 @@ import os
 import signal
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from fedmed.metrics import CELLS, ScoreCounts
 from fedmed.privacy.plan import make_plan
 from fedmed.records import Arrays, Instruction, Receipt, scores_record, update_record
 from strategies.folder import Progress
+from strategies.members import Spent
 from strategies.sites import Sites
 from tests.strategies.apps import NAMES, Federation, Train, client_app, lying, mean_of, run_config, start
 from tests.timing import PATIENCE
@@ -90,7 +91,7 @@ BAD: dict[str, tuple[Train, str]] = {
     "another round": (lambda _, r, d: update_record(lying(r, round=7), d), "an answer to round 7"),
     "inflated": (lambda _, r, d: update_record(lying(r, declared_size=10**9), d), "another declared size"),
     "noise of another run": (lambda _, r, d: update_record(lying(r, noise_draws=1), d), "1 noise draws instead of 0"),
-    "too large": (changed(w=lambda v: v + 1e7), "above strategy.norm_bound"),
+    "too large": (changed(w=lambda v: v + 1e7), "above 1e+06 (strategy.norm_bound"),
     "no receipt": (lambda _, r, d: RecordDict({"arrays": update_record(r, d)["arrays"]}), "no answer"),
     "nothing": (lambda *_: RecordDict(), "no answer"),
     "not JSON": (receipt_text("{"), "no answer"),
@@ -267,7 +268,7 @@ def _with_a_late_reply(timeout: float) -> Progress | None:
     with Federation(config, client_app({"C": late}), workers=4) as federation:
         federation.loop.score_rounds = False
 
-        def sent(number: int) -> None:
+        def sent(number: int, _sites: object) -> None:
             if number == 2:
                 federation.sites.timeout = 120
                 release.set()
@@ -310,12 +311,10 @@ class HeldUp(InProcessGrid):
 
     held: list[Message] | None = None
 
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        now = list(super().send_and_receive(messages, timeout=timeout))
+    def gather(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        now = list(super().gather(messages, timeout=timeout))
         before, self.held = self.held or now, now
-        return before
+        return iter(before)
 
 
 def test_answers_to_the_round_before_are_not_taken_for_this_one_s() -> None:
@@ -331,10 +330,8 @@ def test_answers_to_the_round_before_are_not_taken_for_this_one_s() -> None:
 class Reversed(InProcessGrid):
     """The last node answers first, and the SuperLink adds that a node which is no longer there has died."""
 
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        return list(super().send_and_receive(messages, timeout=timeout))[::-1]
+    def gather(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        return reversed(list(super().gather(messages, timeout=timeout)))
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "fedadam"])
@@ -351,14 +348,11 @@ def test_the_order_of_arrival_changes_no_bit(strategy: str) -> None:
 class FromTheSuperLink(InProcessGrid):
     """Reports a dead node as Flower's SuperLink does: in a message of its own, from node 1."""
 
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        replies = list(super().send_and_receive(messages, timeout=timeout))
-        for reply in replies:
+    def gather(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        for reply in super().gather(messages, timeout=timeout):
             if reply.has_error():
                 reply.metadata.__dict__["_src_node_id"] = 1
-        return replies
+            yield reply
 
 
 def test_an_error_from_the_superlink_is_put_down_to_the_site_that_it_is_about(
@@ -379,7 +373,7 @@ def test_a_round_is_announced_before_it_is_sent() -> None:
         return update_record(good, delta)
 
     with Federation(run_config("rounds=2"), client_app({"A": note})) as federation:
-        federation.loop.sent = lambda number: order.append(f"sent {number}")
+        federation.loop.sent = lambda number, _sites: order.append(f"sent {number}")
         federation.loop.finished = lambda progress: order.append(f"finished {progress.round}")
         federation.run()
     assert order == ["sent 1", "trained 1", "finished 1", "sent 2", "trained 2", "finished 2"]
@@ -399,7 +393,7 @@ def test_a_round_s_epsilon_counts_rounds_that_were_interrupted() -> None:
     """privacy.md, rule 13: what was sent and never came back is spent."""
     config = run_config("privacy=dp", "rounds=4", "task.patient_column=p")
     with Federation(config, client_app()) as federation:
-        federation.loop.interrupted = 2
+        federation.loop.spent = Spent(dict.fromkeys(NAMES, 2))
         entries = federation.run(until=2).history
     plan = make_plan(config, "A")
     assert [entry["epsilon"]["A"] for entry in entries] == [plan.epsilon(rounds=3), plan.epsilon(rounds=4)]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import strategies.launch
 import strategies.run
 from clients.client_app import app as client_app
 from fedmed.errors import ConfigError, RunError
@@ -217,7 +218,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def lose_the_quorum(monkeypatch: pytest.MonkeyPatch) -> None:
     def run_loop(self: Loop, *_: object, **__: object) -> None:
-        self.sent(1)
+        self.sent(1, SITES)
         raise RunError("no quorum")
 
     monkeypatch.setattr(Loop, "run", run_loop)
@@ -266,13 +267,13 @@ def test_a_site_that_refuses_the_plan_ends_the_run_before_any_round(
     field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A coordinator that promises one epsilon and sends another plan is found out by the sites."""
-    plan_of: Callable[..., PrivacyPlan] = strategies.run.make_plan
+    plan_of: Callable[..., PrivacyPlan] = strategies.launch.make_plan
 
     def tampered(*args: Any) -> PrivacyPlan:
         plan = plan_of(*args)
         return type(plan)(**{**vars(plan), field: 0.9 * getattr(plan, field)})
 
-    monkeypatch.setattr(strategies.run, "make_plan", tampered)
+    monkeypatch.setattr(strategies.launch, "make_plan", tampered)
     with pytest.raises(ConfigError, match=r"refuses the run: plans\.Cleveland"):
         run(tmp_path / "run")
     assert not (tmp_path / "run").exists()
