@@ -263,7 +263,7 @@ def memory_in_words(memory: dict[str, Any]) -> str:
     )
     at_once = " (the strategy needs all updates at once)" if memory["all_updates_at_once"] else ""
     coordinator, site = f"{memory['coordinator_mb']:,.0f} MB", f"{memory['site_mb']:,.0f} MB"
-    return f"memory at most: coordinator {coordinator}, {payload}{at_once} and the program; a site {site}, measured here"
+    return f"memory at most: coordinator {coordinator}, {payload}{at_once} and the program; a site {site} (measured)"
 
 
 def ledger_lines(values: dict[str, Any]) -> list[str]:

@@ -128,7 +128,7 @@ class Consortium:
         return done
 
     def start(self, *names: str, timeout: float = 120.0) -> None:
-        """Start processes ("coordinator", and sites by their names; none named: all), and wait until they answer."""
+        """Start processes ("coordinator", sites by their names; none named: all) and wait until they answer."""
         wanted = names or (COORDINATOR, *self.names)
         for name in wanted:
             words = (

@@ -48,4 +48,5 @@ def main() -> None:
     print(before, peak(), flush=True)
 
 
-main()
+if __name__ == "__main__":
+    main()
