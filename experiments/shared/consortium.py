@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -39,6 +40,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+Command = Callable[[Sequence[str], Path], tuple[int, str, str]]
+
+
 @dataclass
 class Consortium:
     """A coordinator and its sites, each a process with a log beside its folder.
@@ -46,6 +50,8 @@ class Consortium:
     Attributes:
         names: of the sites, which the task declares.
         hosts: addresses of the coordinator; the first is the one that sites are told.
+        inside: words before every command's line, e.g. of a network namespace.
+        command: does what a command line does, and gives its code and what it said; None: in a process of its own.
         prefix: words before a process's command line, by site's name or "coordinator", e.g. to run it elsewhere.
     """
 
@@ -56,6 +62,8 @@ class Consortium:
     budget: float = 40.0
     port: int = field(default_factory=free_port)
     prefix: dict[str, list[str]] = field(default_factory=dict)
+    inside: list[str] = field(default_factory=list)
+    command: Command | None = None
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
@@ -115,20 +123,19 @@ class Consortium:
         Raises:
             RuntimeError: it failed, with what it said.
         """
-        done = subprocess.run(
-            [fedmed(), *words],
-            cwd=self.folder,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        if self.command is not None:
+            done = subprocess.CompletedProcess(words, *self.command(words, self.folder))
+        else:
+            done = subprocess.run(
+                [*self.inside, fedmed(), *words], cwd=self.folder, env=self.environment, capture_output=True, text=True,
+                check=False,
+            )  # fmt: skip
         if check and done.returncode:
             raise RuntimeError(f"fedmed {shlex.join(words)}: {done.stdout}{done.stderr}")
         return done
 
-    def start(self, *names: str, timeout: float = 120.0) -> None:
-        """Start processes ("coordinator", sites by their names; none named: all) and wait until they answer."""
+    def start(self, *names: str, wait: bool = True, timeout: float = 120.0) -> None:
+        """Start processes ("coordinator", sites by their names; none named: all), and wait until they answer."""
         wanted = names or (COORDINATOR, *self.names)
         for name in wanted:
             words = (
@@ -142,7 +149,8 @@ class Consortium:
                     cwd=self.folder, env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
                     start_new_session=True,
                 )  # fmt: skip
-        self.wait(lambda: set(wanted) - {COORDINATOR} <= self.online(), timeout=timeout)
+        if wait:
+            self.wait(lambda: set(wanted) - {COORDINATOR} <= self.online(), timeout=timeout)
 
     def wait(self, condition: Any, *, timeout: float = 120.0) -> None:
         """Return once the condition holds.
@@ -209,7 +217,7 @@ class Consortium:
         ]
         with self.log_file(name).open("ab") as log:
             process = subprocess.Popen(
-                [fedmed(), *words], cwd=self.folder, env=self.environment, stdout=log, stderr=log,
+                [*self.inside, fedmed(), *words], cwd=self.folder, env=self.environment, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
         self.processes[name] = process
