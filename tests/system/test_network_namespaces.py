@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from experiments.shared.consortium import COORDINATOR, Consortium
-from tests.consortium.test_faults import NAMES, agree, began, rounds_sent
+from tests.consortium.runs import NAMES, agree, began, rounds_sent
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -12,7 +12,7 @@ import pytest
 
 from experiments.shared.consortium import COORDINATOR, Consortium
 from tests.conftest import count
-from tests.consortium.test_faults import agree, children, in_a_fork, rounds_sent
+from tests.consortium.runs import agree, children, in_a_fork, rounds_sent
 from tests.evidence import figure
 
 HEART = Path(__file__).parents[2] / "fedmed" / "data" / "heart_disease.csv"
