@@ -183,8 +183,6 @@ def _serve(warm: str, modules: list[str]) -> None:
     for module in modules:
         importlib.import_module(module)
     importlib.import_module("tests.kept").keep()
-    keys = SimpleNamespace(token_bytes=same_key, token_hex=secrets.token_hex)
-    importlib.import_module("fedmed.data.split").secrets = keys
     exec(warm, {})
     answers = os.fdopen(os.dup(1), "w")
     here = Here()
@@ -204,6 +202,8 @@ def _run(request: dict[str, Any], writing: int) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     # Those of pytest lead elsewhere.
     sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+    keys = SimpleNamespace(token_bytes=same_key, token_hex=secrets.token_hex)
+    importlib.import_module("fedmed.data.split").secrets = keys
     sys.argv = ["fedmed", *request["arguments"]]
     try:
         exec(request["before"], {})
