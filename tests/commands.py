@@ -1,10 +1,11 @@
-"""Runs the `fedmed` command in forks of one process that has imported what it needs: seconds become tenths.
+"""Runs the `fedmed` command in forks of a process that has imported what it needs: seconds become tenths.
 
-As a script it is that process: it reads requests from standard input, one JSON object a line, and answers each
+As a script it is such a process: it reads requests from standard input, one JSON object a line, and answers each
 with two lines, the process id of the fork and how it ended.
 """
 
 import atexit
+import contextlib
 import functools
 import importlib
 import json
@@ -24,12 +25,15 @@ from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+FULL = bool(os.environ.get("FEDMED_TEST_FULL"))
 # All that `fedmed run` imports before it has checked every setting.
 LIGHT = (
     "fedmed.cli.main strategies.cli strategies.folder fedmed.compose fedmed.data.describe fedmed.data.table"
 )
 # And the rest.
 HEAVY = f"{LIGHT} strategies.server_app strategies.sweep strategies.forecast clients.client_app"
+# What every command does first; kept by `tests.kept`.
+TREE = "import typer; from fedmed.cli.main import build_app; typer.main.get_command(build_app())"
 # The settings of a run that takes a second.
 FAST = ["model=logistic", "tracking=none"]
 
@@ -46,20 +50,10 @@ class Ended:
 
 
 class Commands:
-    """The process whose forks are commands. A fork has a process group of its own, as in a terminal."""
+    """Commands in forks of a process. A fork has a process group of its own, as in a terminal."""
 
-    def __init__(self, modules: str, folder: Path, *, warm: str = "") -> None:
-        """Start it.
-
-        Args:
-            warm: Python that it executes first: what is computed there, every fork has.
-        """
-        self._folder = folder
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "FEDMED_HOME": str(folder / "home")}
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", __file__, warm, *modules.split()],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment,
-        )  # fmt: skip
+    def __init__(self, process: "Server | Here", folder: Path) -> None:
+        self._process, self._folder = process, folder
 
     def __call__(
         self,
@@ -76,44 +70,99 @@ class Commands:
             during: called with the fork's process id and the file of its standard output.
         """
         out, err = self._folder / "stdout", self._folder / "stderr"
-        request = {
-            "arguments": arguments, "cwd": str(cwd or self._folder), "env": env or {}, "before": before,
-            "out": str(out), "err": str(err),
-        }  # fmt: skip
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        pid = int(self._process.stdout.readline())
+        home = {"FEDMED_HOME": str(self._folder / "home")}
+        pid = self._process.begin(
+            {
+                "arguments": arguments, "cwd": str(cwd or self._folder), "env": home | (env or {}), "before": before,
+                "out": str(out), "err": str(err),
+            }
+        )  # fmt: skip
         if during:
             during(pid, out)
-        ended = json.loads(self._process.stdout.readline())
+        ended = json.loads(self._process.end())
         return Ended(ended["code"], out.read_text(), err.read_text(), ended["torch"])
 
-    def close(self) -> None:
-        """End the process."""
-        self._process.communicate()
+
+class Server:
+    """A process that has imported these modules."""
+
+    def __init__(self, modules: str, folder: Path, *, warm: str) -> None:
+        """Start it.
+
+        Args:
+            warm: Python that it executes first: what is computed there, every fork has.
+        """
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", __file__, warm, *modules.split()],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment,
+        )  # fmt: skip
+        atexit.register(self._process.communicate)
+
+    def begin(self, request: dict[str, Any]) -> int:
+        """The process id of the fork."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return int(self._answer())
+
+    def end(self) -> str:
+        """How it ended."""
+        return self._answer()
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
+
+
+class Here:
+    """This process."""
+
+    def begin(self, request: dict[str, Any]) -> int:
+        """The process id of the fork."""
+        self._reading, writing = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            os.close(self._reading)
+            _run(request, writing)
+        os.close(writing)
+        return self._pid
+
+    def end(self) -> str:
+        """How it ended."""
+        os.waitpid(self._pid, 0)
+        # Not to the end of the pipe, which a process that is left behind would keep open.
+        os.set_blocking(self._reading, False)
+        with contextlib.suppress(BlockingIOError), os.fdopen(self._reading, "rb", buffering=0) as pipe:
+            return (pipe.read(1000) or b"").decode() or KILLED
+        return KILLED
+
+
+KILLED = '{"code": -1, "torch": false}'
 
 
 @functools.cache
 def light() -> Commands:
-    """Commands in a process that has not imported torch; one for all tests. It has composed a run."""
-    return _started(LIGHT, "fedmed = __import__('fedmed.compose'); fedmed.compose.compose([])")
+    """Commands in a process that has not imported torch; one for all tests. It has composed the quick run."""
+    warm = f"{TREE}; from fedmed.compose import compose; compose([]); compose({FAST})"
+    return Commands(Server(LIGHT, _folder(), warm=warm), _folder())
 
 
 @functools.cache
 def heavy() -> Commands:
-    """Commands in a process that has imported all that a run needs, and has made a plan; one for all tests."""
-    plan = "__import__('strategies.forecast').forecast.forecast"
-    return _started(HEAVY, f"{plan}(__import__('fedmed.compose').compose.compose({FAST}))")
+    """Commands in forks of this process, which has imported all that a run needs; in `make test-full` of another."""
+    if FULL:
+        return Commands(Server(HEAVY, _folder(), warm=""), _folder())
+    for module in HEAVY.split():
+        importlib.import_module(module)
+    exec(TREE, {})
+    return Commands(Here(), _folder())
 
 
-def _started(modules: str, warm: str) -> Commands:
+def _folder() -> Path:
     folder = tempfile.TemporaryDirectory(prefix="fedmed-commands-")
     atexit.register(folder.cleanup)
-    started = Commands(modules, Path(folder.name), warm=warm)
-    atexit.register(started.close)
-    return started
+    return Path(folder.name)
 
 
 def same_key(size: int) -> bytes:
@@ -134,28 +183,12 @@ def _serve(warm: str, modules: list[str]) -> None:
     for module in modules:
         importlib.import_module(module)
     importlib.import_module("tests.kept").keep()
-    keys = SimpleNamespace(token_bytes=same_key, token_hex=secrets.token_hex)
-    importlib.import_module("fedmed.data.split").secrets = keys
     exec(warm, {})
     answers = os.fdopen(os.dup(1), "w")
+    here = Here()
     for line in sys.stdin:
-        request = json.loads(line)
-        reading, writing = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            os.close(reading)
-            _run(request, writing)
-        os.close(writing)
-        print(pid, file=answers, flush=True)
-        os.waitpid(pid, 0)
-        # Not to the end of the pipe, which a process that is left behind would keep open.
-        os.set_blocking(reading, False)
-        try:
-            ended = os.read(reading, 1000).decode()
-        except BlockingIOError:
-            ended = ""
-        os.close(reading)
-        print(ended or '{"code": -1, "torch": false}', file=answers, flush=True)
+        print(here.begin(json.loads(line)), file=answers, flush=True)
+        print(here.end(), file=answers, flush=True)
 
 
 def _run(request: dict[str, Any], writing: int) -> None:
@@ -167,6 +200,10 @@ def _run(request: dict[str, Any], writing: int) -> None:
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    # Those of pytest lead elsewhere.
+    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+    keys = SimpleNamespace(token_bytes=same_key, token_hex=secrets.token_hex)
+    importlib.import_module("fedmed.data.split").secrets = keys
     sys.argv = ["fedmed", *request["arguments"]]
     try:
         exec(request["before"], {})

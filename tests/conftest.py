@@ -1,11 +1,14 @@
 """What many tests share: tiny models saved to disk, and small declared tables."""
 
+import gc
 import hashlib
 import os
 import random
 import secrets
 import tempfile
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,11 +25,19 @@ from tests import evidence, kept, readers
 from tests.commands import same_key
 from tests.evidence import count as count
 
+PROJECT = Path(__file__).parent.parent / "pyproject.toml"
+
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A worker of pytest-xdist sends its evidence to the process that started it."""
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["evidence"] = evidence.collected()
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: the collector need not go through it again and again, here and in every fork."""
+    gc.collect()
+    gc.freeze()
 
 
 class _Workers:
@@ -70,6 +81,10 @@ def _whole_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr(
             "fedmed.data.split.secrets", SimpleNamespace(token_bytes=same_key, token_hex=secrets.token_hex)
         )
+        # As this checkout registers them, whichever is installed.
+        registered = tomllib.loads(PROJECT.read_text())["project"]["entry-points"]["fedmed.commands"]
+        entries = [EntryPoint(name, value, "fedmed.commands") for name, value in registered.items()]
+        patch.setattr("fedmed.cli.main.entry_points", lambda group: entries if group else [])
         if not evidence.FULL:
             patch.setattr("fedmed.dicom.workers.subprocess", readers.FORKS)
         yield

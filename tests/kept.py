@@ -24,10 +24,12 @@ def keep() -> None:
     """From now on this process, and its forks, look in the folder first."""
     if FULL or FOLDER not in os.environ:
         return
+    import typer
     from dp_accounting.pld import privacy_loss_distribution
     from dp_accounting.rdp import rdp_privacy_accountant
 
     from fedmed import compose
+    from fedmed.cli import main
     from fedmed.privacy import accounting
 
     for module, name in (
@@ -39,6 +41,10 @@ def keep() -> None:
         function = getattr(module, name)
         if not hasattr(function, "kept"):
             setattr(module, name, kept(function, Path(os.environ[FOLDER])))
+    # What may not change within a process is made once: the tree of commands, which each call of `main` makes anew.
+    for module, name in (main, "build_app"), (typer.main, "get_command"):
+        if not hasattr(getattr(module, name), "cache_info"):
+            setattr(module, name, functools.cache(getattr(module, name)))
 
 
 def kept(function: Callable[..., Any], folder: Path) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,7 +48,7 @@ class Fork:
             select.select([ended], [], [])
             os.close(ended)
         while Path(f"/proc/{self.pid}").exists():
-            os.sched_yield()
+            time.sleep(0.001)
 
 
 # In the place of the module `subprocess`.

@@ -184,7 +184,7 @@ def arguments(typed: str) -> list[str]:
     return typed.split(" ") if "\n" not in typed else [typed]
 
 
-@pytest.mark.parametrize(("typed", "says"), some(WRONG, 2), ids=lambda text: text[:60] or "empty")
+@pytest.mark.parametrize(("typed", "says"), some(WRONG, 4), ids=lambda text: text[:60] or "empty")
 def test_a_wrong_input_is_one_line_before_torch_loads(
     typed: str, says: str, light: Commands, folder: Path
 ) -> None:

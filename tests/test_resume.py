@@ -219,7 +219,7 @@ def test_killed_at_any_write_it_ends_as_the_unbroken_run(tmp_path: Path, unbroke
     # Each round: the journal, then the checkpoint.
     assert writes >= BEFORE_THE_FIRST_ROUND + 2 * ROUNDS + 3
     draws = random.Random(len(sys.argv))
-    for index in range(count(2, 30)):
+    for index in range(count(1, 30)):
         write, after = draws.randint(BEFORE_THE_FIRST_ROUND + 1, writes), draws.random() < 0.5
         folder = tmp_path / str(index)
         first = fedmed("run", *OFF, f"run_dir={folder}", before=killed_at(write, after=after))
@@ -235,7 +235,7 @@ def test_killed_at_any_write_it_ends_as_the_unbroken_run(tmp_path: Path, unbroke
 def test_killed_at_any_moment_it_ends_as_the_unbroken_run(tmp_path: Path, unbroken: Path) -> None:
     """With workers, some time after a round was reported; killed again while it goes on."""
     draws = random.Random(time_seed())
-    for index in range(count(2, 30)):
+    for index in range(count(1, 30)):
         folder = tmp_path / str(index)
         arguments = [*OFF, "federation.workers=2", f"run_dir={folder}"]
         for _ in range(2):
@@ -282,7 +282,7 @@ def test_the_installed_command_is_killed_and_goes_on(tmp_path: Path, unbroken: P
 def test_a_private_run_never_sends_more_rounds_than_its_plan_has(tmp_path: Path) -> None:
     """Killed again and again at random writes, it ends within the plan that its sites agreed to."""
     draws = random.Random(time_seed())
-    for index in range(count(2, 30)):
+    for index in range(count(1, 30)):
         folder = tmp_path / str(index)
         write = BEFORE_THE_FIRST_ROUND + draws.randint(1, 2 * ROUNDS)
         fedmed("run", *PRIVATE, f"run_dir={folder}", before=killed_at(write, after=True))

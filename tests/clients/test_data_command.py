@@ -429,7 +429,7 @@ SLOW = """
 import pathlib, sys, time
 if "fedmed.dicom.worker" in sys.orig_argv:
     read = pathlib.Path.read_bytes
-    pathlib.Path.read_bytes = lambda self: (time.sleep(0.05), read(self))[1]
+    pathlib.Path.read_bytes = lambda self: (time.sleep(0.3), read(self))[1]
 """
 
 

@@ -55,10 +55,10 @@ ROUND = ["reserved", "opened", "committed"]
 
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
-    """Plots take longer than the rounds."""
+    """Plots take longer than the rounds; who is asked all the time leaves a person's command no time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(strategies.run, "write_report", lambda *_: None)
-        patch.setattr(strategies.sites, "APPROVAL_POLL", 0.02)
+        patch.setattr(strategies.sites, "APPROVAL_POLL", 0.3)
         yield
 
 
@@ -205,6 +205,8 @@ def test_a_run_waits_until_a_person_decides_in_another_process(
     make_site(sites / "b", "b", held_out="none", budget=30, needs_approval=True)
     ended: list[Ended] = []
     seen: list[list[str]] = []
+    # Started here, so that nobody is asked again and again meanwhile.
+    light()
 
     def person() -> None:
         run_id = waiting(sites / "b")

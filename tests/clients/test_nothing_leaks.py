@@ -287,7 +287,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("mlflow")
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", some(RUNS, 2))
 def test_the_coordinator_and_its_tracking_see_no_canary(
     name: str, tmp_path: Path, store: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:

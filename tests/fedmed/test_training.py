@@ -27,6 +27,7 @@ from fedmed.training import (
     set_adapter,
     train,
 )
+from tests.evidence import count
 
 SITE = "Switzerland"
 
@@ -448,18 +449,21 @@ class Deep(Classifier):
 @pytest.mark.parametrize("privacy", ["1", "0"])
 def test_pieces_are_as_large_as_a_first_one_shows_that_they_may_be(privacy: str) -> None:
     config, _, _, plan = setting("training.steps_per_round=2", "training.sample_rate=1")
+    width = count(256, 512)
     if privacy == "0":
         plan = dataclasses.replace(plan, noise_multiplier=0.0)
     model, data = (
-        Deep(10, 512),
-        LocalData({"features": torch.randn(100, 512)}, torch.zeros(100), [np.array([n]) for n in range(100)]),
+        Deep(10, width),
+        LocalData(
+            {"features": torch.randn(100, width)}, torch.zeros(100), [np.array([n]) for n in range(100)]
+        ),
     )
     arrays = {name: p.detach().numpy().copy() for name, p in model.adapter().items()}
     seen: list[int] = []
     model.head.register_forward_hook(lambda _m, _i, out: seen.append(len(out)))
     with pytest.MonkeyPatch.context() as patch:
-        # Of ten activations of 2 KB, twice: about 25 records.
-        patch.setattr(training_module, "PIECE_BYTES", 25 * 2 * 11 * 4 * 512)
+        # Of ten activations of `width` floats, twice: about 25 records.
+        patch.setattr(training_module, "PIECE_BYTES", 25 * 2 * 11 * 4 * width)
         train(model, data, arrays, plan=plan, training=config.training, source=seeded(0))
         first, second = seen[:2]
         assert first == training_module.FIRST_PIECE

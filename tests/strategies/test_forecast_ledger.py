@@ -25,6 +25,7 @@ from fedmed.privacy.reader import read_account
 from strategies.budgets import compare, read_budgets
 from strategies.console import ledger_lines
 from tests.commands import FAST, heavy, light
+from tests.evidence import some
 from tests.fedmed.privacy.test_ledger import Key
 
 SITE, COHORT = "Hungary", "cardiology"
@@ -102,7 +103,7 @@ METRICS = ["privacy.metrics=private", "privacy.metrics_epsilon=3"]
 CASES = [(False, []), (True, []), (False, METRICS), (True, METRICS)]
 
 
-@pytest.mark.parametrize(("charged", "more"), CASES, ids=["new", "charged", "metrics", "charged-metrics"])
+@pytest.mark.parametrize(("charged", "more"), some(CASES, 3))
 def test_the_verdict_is_the_ledgers_at_the_boundary(path: Path, charged: bool, more: list[str]) -> None:
     if charged:
         charge(path)

@@ -152,11 +152,10 @@ def _bomb(_: bytes, draw: random.Random) -> bytes:
 def _zeros(megabytes: int) -> bytes:
     packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     head = struct.pack("<HH2sHI", 0x7FE0, 0x0010, b"OW", 0, (megabytes << 20) & 0xFFFFFFFE)
-    return (
-        packer.compress(head)
-        + b"".join(packer.compress(bytes(1 << 20)) for _ in range(megabytes))
-        + packer.flush()
-    )
+    begun = packer.compress(head) + packer.flush(zlib.Z_FULL_FLUSH)
+    # After a full flush each megabyte is packed as the one before it.
+    megabyte = packer.compress(bytes(1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)
+    return begun + megabytes * megabyte + packer.flush()
 
 
 def _swollen(content: bytes, draw: random.Random) -> bytes:

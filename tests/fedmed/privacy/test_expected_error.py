@@ -30,7 +30,7 @@ def test_it_is_the_error_of_whole_releases(prevalence: float) -> None:
     plan = HistogramPlan(unit="patient", bins=10, prevalence=prevalence, noise_multiplier=2.0, delta=1e-4)
     source, errors = seeded(11), []
     separation = math.sqrt(2) * 0.841621
-    for _ in range(count(150, 1_500)):
+    for _ in range(count(75, 1_500)):
         merged, scores, labels = None, [], []
         for _ in range(4):
             label = (rng.random(300) < prevalence).astype(np.float32)
