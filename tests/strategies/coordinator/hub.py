@@ -14,7 +14,7 @@ import psutil
 
 from strategies.coordinator.folder import CoordinatorFolder
 from strategies.coordinator.records import RunPlace, RunPlaces
-from tests.commands import ROOT, Ended, light, wait_for
+from tests.commands import LIGHT, ROOT, Commands, Ended, wait_for
 from tests.fedmed.flower.network import free_port
 from tests.strategies.coordinator.play_sites import new_site
 
@@ -31,6 +31,12 @@ class Hub:
     beside: Path
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        # Flower's modules take a second to import.
+        self._commands = Commands(
+            f"{LIGHT} fedmed.flower.control strategies.coordinator.snapshot", self.beside
+        )
+
     @property
     def path(self) -> Path:
         return self.beside / "hub"
@@ -40,7 +46,7 @@ class Hub:
         return CoordinatorFolder.open(self.path)
 
     def init(self, *, mlflow: bool = False) -> None:
-        made = light()(
+        made = self._commands(
             "coordinator", "init", str(self.path), "--name", "hub", "--host", "127.0.0.1", "--listen", "127.0.0.1",
             "--port", str(free_port()),
         )  # fmt: skip
@@ -54,7 +60,7 @@ class Hub:
 
     def command(self, *arguments: str, **options: Any) -> Ended:
         """A command about this coordinator."""
-        return light()(*arguments, env={"FEDMED_COORDINATOR": str(self.path)}, **options)
+        return self._commands(*arguments, env={"FEDMED_COORDINATOR": str(self.path)}, **options)
 
     def admit(self) -> None:
         for name in SITES:
@@ -119,6 +125,7 @@ class Hub:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        self._commands.close()
 
 
 def descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:

@@ -57,10 +57,18 @@ def test_a_closed_terminal_and_a_new_authority_do_not_end_a_run(hub: Hub) -> Non
     slowly(lambda: "a new certificate is in use" in (hub.path / "logs" / "coordinator.jsonl").read_text())
     again = hub.command("coordinator", "rotate", "--ca")
     assert "the authority is changing already; first: fedmed coordinator rotate --end-transition" in again.err
+    # And the SuperLink dies.
+    (superlink,) = (
+        process for process in descendants(hub.processes[0]) if "fedmed.flower.superlink" in process.cmdline()
+    )
+    superlink.kill()
     assert hub.wait_for_end(place) == "finished", place.output.read_text()
     assert history(place.path) == sent(place.path) == list(range(1, ROUNDS + 1))
-    # New connections, of which this is one, are served with the new certificate.
-    assert hub.online() == list(SITES)
+    assert (
+        "superlink ended with code -9; it starts again"
+        in (hub.path / "logs" / "coordinator.jsonl").read_text()
+    )
+    slowly(lambda: hub.online() == list(SITES))
 
     (row,) = json.loads(hub.command("runs", "--json").out)
     assert (row["state"], row["round"], row["rounds"], row["private"]) == ("finished", ROUNDS, ROUNDS, False)
@@ -70,8 +78,7 @@ def test_a_closed_terminal_and_a_new_authority_do_not_end_a_run(hub: Hub) -> Non
     status = json.loads(hub.command("coordinator", "status", "--json").out)
     assert [site["status"] for site in status["sites"]] == ["online", "online"]
     assert time.time() - status["sites"][0]["last_seen"] < 60
-    # Each site came online once, and the run went by.
-    assert hub.said.count("online") == 2
+    assert "SuperLink down" in hub.said
     assert f"run '{place.name}': finished, round {ROUNDS}/{ROUNDS}, NOT PRIVATE" in hub.said
 
 
@@ -97,7 +104,7 @@ def test_everything_killed_goes_on_from_disk_and_what_a_person_stops_does_not(hu
     slowly(lambda: place.figures().round > done)
     stopped = hub.command("runs", "stop", place.name)
     assert stopped.out == f"run '{place.name}': stopped\n", stopped.err
-    assert "fedmed runs resume" in (hub.beside / "killed.log").read_text()
+    slowly(lambda: f"go on with: fedmed runs resume {place.name}" in (hub.beside / "killed.log").read_text())
     kept = place.figures().round
     assert done < kept < ROUNDS
     resumed = hub.command("runs", "resume", place.name)
@@ -143,7 +150,14 @@ def test_no_log_holds_a_secret(hub: Hub) -> None:
     assert not [line for line in keys if len(line) > 30 and line in logs]
     for process in descendants(hub.processes[0]):
         assert folder.control_secret.hex() not in " ".join(process.cmdline())
-    modes = {path.stat().st_mode & 0o077 for path in (folder.logs, folder.path, folder.path / "superlink.db")}
+    mine = [
+        folder.logs,
+        folder.path,
+        folder.path / "superlink.db",
+        *folder.logs.iterdir(),
+        *folder.runs.glob("*/*.log"),
+    ]
+    modes = {path.stat().st_mode & 0o077 for path in mine}
     assert modes == {0}
 
 
