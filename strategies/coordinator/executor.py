@@ -8,8 +8,9 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from fedmed.errors import FedmedError, internal
 from fedmed.flower.line import LinkDown, LinkError
-from strategies.coordinator.folder import CoordinatorError, CoordinatorFolder
+from strategies.coordinator.folder import CoordinatorFolder
 from strategies.coordinator.job import WORKER, Attempts, Job, Outcome, TaskLike
 from strategies.coordinator.logs import log
 from strategies.coordinator.records import ENDED, OPEN, RunPlace, RunPlaces, place_of
@@ -208,7 +209,10 @@ class Executor:
                 task = source.acquire()
                 if task is not None:
                     self._taken.put((task, task.begin()))
-            except (LinkError, CoordinatorError):
+            # Whatever it is: without this thread no run would ever begin again.
+            except Exception as error:
+                if not isinstance(error, LinkDown):
+                    log.error("runs cannot be taken: %s", _words(error))
                 # Made anew, with the certificates of that time.
                 if source is not None:
                     source.close()
@@ -225,4 +229,12 @@ class Executor:
                     continue
                 except LinkError:
                     alive = False
+                # Nor would any other run get a sign of life.
+                except Exception as error:
+                    log.error("run '%s': no sign of life could be given: %s", job.place.name, _words(error))
+                    continue
                 job.lost = job.lost or not alive
+
+
+def _words(error: Exception) -> str:
+    return str(error) if isinstance(error, FedmedError) else internal(error)

@@ -35,7 +35,9 @@ def launch(config: RunConfig, overrides: Sequence[str]) -> None:
             raise ConfigError(
                 f"run_dir={config.run_dir}: expected null with federation=consortium, whose runs lie in {folder.runs}"
             )
-        settings = [*overrides, *tracked(folder, overrides)]
+        # As seen from anywhere: the run's own process and a later `resume` start elsewhere.
+        where = setting("federation.coordinator", str(folder.path))
+        settings = [*overrides, where, *tracked(folder, overrides)]
         place = RunPlaces(folder.runs).new(config.name, settings, Path.cwd())
         print(
             f"run '{place.name}' is handed to coordinator '{folder.config.name}'", file=sys.stderr, flush=True

@@ -183,19 +183,25 @@ class RunPlaces:
 
 
 def setting(key: str, value: str) -> str:
-    """KEY=VALUE in Hydra's grammar, whatever is in the value."""
-    quoted = value.replace("\\", "\\\\").replace('"', '\\"')
+    """KEY="VALUE" in Hydra's grammar, whatever is in the value."""
+    # There a backslash is itself, but before a quote.
+    quoted = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), value)
     return f'{key}="{quoted}"'
+
+
+def _value(quoted: str) -> str:
+    """The value that `setting` quoted."""
+    return re.sub(r'(\\+)("|$)', lambda found: found[1][: len(found[1]) // 2] + found[2], quoted[1:-1])
 
 
 def place_of(overrides: str, runs: Path) -> RunPlace | None:
     """The run's folder that settings name last, as `RunPlace.settings` wrote them; None: they name none."""
     try:
         key, _, value = shlex.split(overrides)[-1].partition("=")
-        path = Path(json.loads(value))
-    except (ValueError, IndexError, TypeError):
+        path = Path(_value(value))
+        ours = key in ("resume", "run_dir") and path.parent.resolve() == runs and (path / RECORD).is_file()
+    except (ValueError, IndexError, OSError):
         return None
-    ours = key in ("resume", "run_dir") and path.parent.resolve() == runs and (path / RECORD).is_file()
     return RunPlace(path) if ours else None
 
 

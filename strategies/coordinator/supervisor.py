@@ -59,6 +59,8 @@ class Supervisor:
             CoordinatorError: it runs already, or cannot run as it is.
         """
         check(self._folder.config, insecure=self._insecure)
+        # Databases, logs and what runs print are for the owner's eyes.
+        os.umask(0o077)
         with self._folder.alone(), self._signals():
             handler = logs.write_to(self._folder.logs)
             try:
