@@ -20,6 +20,8 @@ A site is a folder: site.yaml (what runs may ask of it), its secret split key an
 Examples:
   fedmed site init /srv/fedmed --name mercy
   fedmed site policy /srv/fedmed
+  fedmed site check /srv/fedmed
+  fedmed site start /srv/fedmed
   fedmed site requests /srv/fedmed
   fedmed site approve /srv/fedmed demo-1f2e3d4c5b6a --why "ethics vote 12/26"
 """
@@ -48,9 +50,10 @@ Examples:
   fedmed site policy /srv/fedmed --json
 """
 
-REQUESTS_HELP = """List the runs that were asked for: who asks, for what, what was decided.
+REQUESTS_HELP = """List the runs that were asked for.
 
-Each with all that would leave the site, what the run would cost, and what it would leave of the cohort's budget.
+Who asks, for what, what was decided: each with all that would leave the site, what the run would cost, and what it
+would leave of the cohort's budget.
 
 \b
 Examples:

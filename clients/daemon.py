@@ -19,7 +19,7 @@ from flwr.clientapp import ClientApp
 from clients.asked import shown
 from clients.bundle import misfit
 from clients.health import Health
-from fedmed.errors import internal
+from fedmed.errors import FedmedError, internal
 from fedmed.flower import answered, refused
 from fedmed.flower.bundle import Bundle
 from fedmed.flower.line import LinkDown, LinkError, LinkRefused
@@ -70,15 +70,17 @@ class Daemon:
 
     Args:
         folder: of the site.
+        dial: a link to the coordinator as site.yaml and ca.pem name it now.
         app: the installed ClientApp.
         sleep: waits between attempts to connect.
     """
 
     def __init__(
-        self, folder: Path, link: Link, app: ClientApp, health: Health, *,
+        self, folder: Path, dial: Callable[[], Link], app: ClientApp, health: Health, *,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:  # fmt: skip
-        self._folder, self._link, self._app, self._health, self._sleep = folder, link, app, health, sleep
+        self._folder, self._dial, self._app, self._health, self._sleep = folder, dial, app, health, sleep
+        self._link: Link | None = None
         self._node = 0
         self._open: _Open | None = None
         self._fits: dict[int, bool] = {}
@@ -96,14 +98,14 @@ class Daemon:
         try:
             while not self._stopping:
                 try:
-                    self._node = self._link.connect()
-                    self._said("online", f"as node {self._node}")
+                    link = self._connect()
                     while not self._stopping:
-                        self._turn()
+                        self._turn(link)
                         self._failures = 0
                 except LinkRefused as error:
                     self._lost("refused", str(error), error.reason)
-                except LinkError as error:
+                # Also of the folder: a certificate authority that is being exchanged may be half there.
+                except FedmedError as error:
                     self._lost("unreachable", str(error))
                 # Whatever a coordinator sends, a site that has gone away is a worse answer to it.
                 except Exception as error:
@@ -111,12 +113,24 @@ class Daemon:
         finally:
             self._health.now("stopping")
             self._sleep(min(LINGER, max(0.0, self._replied + LINGER - time.monotonic())))
-            self._link.close()
+            self._hang_up()
             log.info("stopped")
 
-    def _turn(self) -> None:
+    def _connect(self) -> Link:
+        self._hang_up()
+        self._link = self._dial()
+        self._node = self._link.connect()
+        self._said("online", f"as node {self._node}")
+        return self._link
+
+    def _hang_up(self) -> None:
+        if self._link is not None:
+            self._link.close()
+        self._link = None
+
+    def _turn(self, link: Link) -> None:
         """Receive a message, or wait for one; answer it. What is not answered when the link fails stays open."""
-        opened = self._open = self._open or self._received()
+        opened = self._open = self._open or self._received(link)
         if opened is None:
             self._health.now("online")
             return
@@ -128,11 +142,11 @@ class Daemon:
             return
         opened.tries += 1
         if opened.reply is None:
-            opened.reply = self._answer(opened.request)
+            opened.reply = self._answer(link, opened.request)
             # Let go of what was asked: a large message and its answer need not be in memory while this one is sent.
             opened.request = Request(opened.request.run, opened.reply)
         try:
-            self._link.reply(opened.request, opened.reply)
+            link.reply(opened.request, opened.reply)
             self._replied = time.monotonic()
         except (LinkDown, LinkRefused):
             # Sent again once the coordinator is back: a site that was cut off loses no round.
@@ -143,18 +157,18 @@ class Daemon:
         self._health.last_contact = time.time()
         self._health.now("online")
 
-    def _received(self) -> _Open | None:
-        request = self._link.receive(WAIT)
+    def _received(self, link: Link) -> _Open | None:
+        request = link.receive(WAIT)
         self._health.last_contact = time.time()
         return None if request is None else _Open(request)
 
-    def _answer(self, request: Request) -> Message:
+    def _answer(self, link: Link, request: Request) -> Message:
         message, began = request.message, time.monotonic()
         run, round = asked(message)
         self._health.run, self._health.round = run, round
         self._health.now("working")
         what = f"{message.metadata.message_type}, run {shown(run or '?')}, round {round}"
-        if not self._known(request.run):
+        if not self._known(link, request.run):
             log.warning("refused: %s", what)
             return refused(message, Code.BUNDLE)
         # A run that waits for a person asks for its quote every few seconds.
@@ -168,11 +182,11 @@ class Daemon:
         log.log(level, "answered%s after %.1f s: %s", said, time.monotonic() - began, what)
         return reply
 
-    def _known(self, run: int) -> bool:
+    def _known(self, link: Link, run: int) -> bool:
         """Whether the run's bundle names what is installed here; asked once a run."""
         if run not in self._fits:
             try:
-                found = misfit(self._link.bundle(run))
+                found = misfit(link.bundle(run))
             except (LinkDown, LinkRefused):
                 raise
             # A bundle may be broken in any way.

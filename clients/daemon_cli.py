@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-START_HELP = """Serve the coordinator that site.yaml names, until a signal ends it.
+START_HELP = """Serve the coordinator that site.yaml names.
 
 One process a folder. It keeps models and prepared data between rounds and runs, reconnects by itself, and takes up a
 changed site.yaml with the next message. Its log is one JSON object a line, on standard error. SIGTERM and Ctrl-C end it
@@ -49,10 +49,11 @@ Examples:
   fedmed site service /srv/fedmed | sudo tee /etc/systemd/system/fedmed-site.service
 """
 
-CHECK_HELP = """Check what the site in DIR needs: each line is OK, or says what to do.
+CHECK_HELP = """Check what the site in DIR needs.
 
-The folder, the policy, the data, the models, memory, disk, clock and network; and one round of training on the site's
-own data, in a process of its own. Nothing of that round is sent or kept, so that it costs no budget.
+Each line is OK, or says what to do. The folder, the policy, the data, the models, memory, disk, clock and network;
+and one round of training on the site's own data, in a process of its own. Nothing of that round is sent or kept, so
+that it costs no budget.
 
 Exit codes: 0 all is well, 1 something is to be done.
 

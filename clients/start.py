@@ -9,13 +9,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clients.coordinator import admission, admission_name, trusted
 from clients.folder import SiteError, SiteFolder
 from clients.health import Health, served
 from clients.logs import log_to
 from fedmed.atomic import write_bytes, write_json
+
+if TYPE_CHECKING:
+    from fedmed.flower.site_link import SiteLink
 
 log = logging.getLogger("fedmed.site")
 
@@ -35,7 +38,7 @@ def start(folder: Path, *, insecure: bool, log_file: Path | None) -> None:
     # What it writes is its owner's alone.
     os.umask(0o077)
     site = SiteFolder.open(folder)
-    address, ca = trusted(folder, site.policy.coordinator, insecure=insecure)
+    address, _ = trusted(folder, site.policy.coordinator, insecure=insecure)
     with locked(folder):
         _write_admission(site)
         log_to(log_file)
@@ -43,12 +46,10 @@ def start(folder: Path, *, insecure: bool, log_file: Path | None) -> None:
         from clients.client_app import app
         from clients.daemon import Daemon
         from clients.opened import open_guard
-        from fedmed.flower.site_link import SiteLink
 
         open_guard(str(folder))
         health = Health(site.policy.name, folder, address)
-        link = SiteLink(address, key=site.identity, ca=ca, node_file=folder / NODE)
-        daemon = Daemon(folder, link, app, health)
+        daemon = Daemon(folder, lambda: _dial(health, insecure=insecure), app, health)
         with served(health.values, site.policy.health_port) as port, _signals(daemon.stop):
             write_json(folder / PLACE, {"pid": os.getpid(), "health": port, "insecure": insecure})
             log.info("site '%s' serves %s; health on port %d", site.policy.name, address, port)
@@ -56,6 +57,15 @@ def start(folder: Path, *, insecure: bool, log_file: Path | None) -> None:
                 daemon.run()
             finally:
                 (folder / PLACE).unlink(missing_ok=True)
+
+
+def _dial(health: Health, *, insecure: bool) -> "SiteLink":
+    """A link by the folder's files as they are now: a coordinator may move or change its authority while sites run."""
+    from fedmed.flower.site_link import SiteLink
+
+    site = SiteFolder.open(health.folder)
+    health.coordinator, ca = trusted(site.path, site.policy.coordinator, insecure=insecure)
+    return SiteLink(health.coordinator, key=site.identity, ca=ca, node_file=site.path / NODE)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings, in Hydra's grammar.", show_default=False),
 ]
 
-RUN_HELP = """Run a federation: on this machine, or with the sites of a coordinator.
+RUN_HELP = """Run a federation here, or with a coordinator's sites.
 
 A setting is KEY=VALUE: a group's option (task, model, adapter, privacy, strategy, federation, tracking,
 experiment) or a single value.

@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from fedmed.embed import Progress
 
-EMBED_HELP = """Embed a site's records with a pretrained model, for itself alone.
+EMBED_HELP = """Embed a site's records with a pretrained model.
 
 A setting is KEY=VALUE, as in fedmed run: task and model are what counts. DIR is a new folder: embeddings.npy (records x
 width, float32; numpy.load(..., mmap_mode='r')), index.csv (row, patient's number, label, part), embeddings.json (the

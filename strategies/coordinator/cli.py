@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from strategies.coordinator.folder import CoordinatorFolder
 
-COORDINATOR_HELP = """Coordinate a consortium: sites on other machines, runs that survive crashes.
+COORDINATOR_HELP = """Coordinate a consortium of sites on other machines.
 
 A coordinator is a folder: coordinator.yaml, its certificate authority, the sites that it admitted, its runs and logs.
 DIR is this folder unless a command names another one or FEDMED_COORDINATOR does.
@@ -36,9 +36,9 @@ Examples:
   fedmed coordinator init hub --name "on this machine" --host 127.0.0.1
 """
 
-ADMIT_HELP = """Admit a site by the public key that `fedmed site init` wrote for it.
+ADMIT_HELP = """Admit a site by its public key.
 
-Ask the site by another way than the file's whether the key is its own.
+`fedmed site init` writes it to NAME.pub. Ask the site by another way than the file's whether the key is its own.
 
 \b
 Examples:
@@ -53,10 +53,10 @@ Examples:
   fedmed coordinator expel mercy --coordinator /srv/hub
 """
 
-ROTATE_HELP = """Make a new server certificate; a running coordinator takes it up, and no run is lost.
+ROTATE_HELP = """Make a new server certificate, without losing a run.
 
-With --ca also a new authority. While it changes, sites with the old ca.pem and sites with the new one are both
-accepted: give the new ca.pem to each site, then end the change.
+A running coordinator takes it up. With --ca also a new authority. While it changes, sites with the old ca.pem and
+sites with the new one are both accepted: give the new ca.pem to each site, then end the change.
 
 \b
 Examples:
@@ -92,7 +92,7 @@ Examples:
   fedmed coordinator status /srv/hub --json
 """
 
-SERVICE_HELP = """Print a systemd unit that starts the coordinator with the machine.
+SERVICE_HELP = """Print a systemd unit for the coordinator.
 
 \b
 Examples:

@@ -43,7 +43,7 @@ Examples:
   fedmed runs stop 20261122-101500-demo
 """
 
-RESUME_HELP = """Go on with a run that was stopped or failed, after its last finished round.
+RESUME_HELP = """Go on with a run after its last finished round.
 
 \b
 Examples:

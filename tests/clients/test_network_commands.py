@@ -153,6 +153,21 @@ def test_start_says_in_one_line_what_is_missing(command: Any, tmp_path: Path) ->
     assert "coordinator=null" in err
 
 
+def test_insecure_mode_is_for_this_machine(command: Any, tmp_path: Path, authority: Path) -> None:
+    """A coordinator on loopback needs no certificates; one elsewhere is not served without, whatever is asked for."""
+    near, far = tmp_path / "near", tmp_path / "far"
+    assert command("site", "init", near, "--name", "a", "--coordinator", "127.0.0.1:1")[0] == 0
+    assert not (near / CA).exists()
+    code, _, err = command("site", "start", near)
+    assert (code, "ca.pem: missing" in err) == (2, True)
+    ca = authority / "ca.pem"
+    assert command("site", "init", far, "--name", "a", "--coordinator", "10.0.0.1:1", "--ca", ca)[0] == 0
+    code, out, err = command("site", "start", far, INSECURE)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"coordinator=10.0.0.1:1: expected a loopback address, e.g. 127.0.0.1:9092, with {INSECURE}" in err
+    assert not (far / PLACE).exists()
+
+
 # Health and status.
 
 

@@ -235,6 +235,9 @@ def test_a_coordinator_of_another_ca_is_refused(network: Network, tmp_path: Path
     with started(site) as process:
         wait_for(lambda: process.state == "refused")
         assert status(site)["refusal"] == "wrong-ca"
+        # Its engineer gets the right one: no restart is needed.
+        (site / CA).write_bytes(network.ca)
+        wait_for(lambda: process.state == "online")
 
 
 def test_a_killed_daemon_leaves_the_folder_free(network: Network, tmp_path: Path) -> None:
