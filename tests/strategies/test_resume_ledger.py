@@ -16,7 +16,7 @@ from fedmed.privacy.ledger import Ledger
 from strategies.folder import RunFolder
 from strategies.sites import Sites
 from strategies.spool import Spool
-from tests.clients.sites import SIZES, account, make_sites, run, settings, table
+from tests.clients.sites import PRIVATE_METRICS, SIZES, account, make_sites, run, settings, table
 from tests.conftest import count
 
 ROUNDS = 3
@@ -223,3 +223,34 @@ def test_a_kept_reply_that_is_damaged_is_not_used(damage: str, tmp_path: Path) -
     assert in_child(lambda: run([f"resume={folder}"]))[0] == 0
     assert [entry["sites"] for entry in journal(folder)][:2] == [["a", "b"], ["a", "b"]]
     assert_agrees(sites, folder)
+
+
+def test_metrics_that_were_drawn_and_lost_are_repeated_not_redrawn(tmp_path: Path) -> None:
+    """The coordinator dies between the sites' answers and the file that keeps them (privacy.md, rule 17)."""
+    sites, folder = make_sites(tmp_path / "sites", held_out="private"), tmp_path / "run"
+    overrides = settings(
+        table(tmp_path / "t.csv"), f"federation.sites={sites}", f"run_dir={folder}", *PRIVATE_METRICS
+    )
+
+    def die() -> None:
+        evaluate = Sites.evaluate_privately
+
+        def then_die(self: Sites, *arguments: Any) -> Any:
+            evaluate(self, *arguments)
+            os._exit(DIED)
+
+        Sites.evaluate_privately = then_die  # type: ignore[method-assign]
+        run(overrides)
+
+    assert in_child(die)[0] == DIED
+    assert in_child(lambda: run([f"resume={folder}"]))[0] == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set(summary["test"]["sites"]) == set(SIZES)
+    for site in SIZES:
+        found = account(sites / site)
+        attempts = [a for a in found.attempts.values() if a.purpose == "metrics"]
+        assert [a.state for a in attempts] == ["committed"]
+        assert summary["participation"][site] == {
+            "rounds": 2,
+            "charged": found.drawn(RunFolder(folder).run_id),
+        }
