@@ -167,6 +167,11 @@ class FederationConfig:
         )
         require(self.sites != "", "federation.sites", "''", "a folder, or null")
 
+    @property
+    def ledgers(self) -> bool:
+        """Whether the sites remember what they answered: asked the same again, they repeat it and charge nothing."""
+        return self.kind == "consortium" or self.sites is not None
+
 
 def _check_uri(uri: str) -> None:
     """Refuse what MLflow could not use, and a password: this setting is written into the run's folder."""

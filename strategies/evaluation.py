@@ -27,13 +27,15 @@ def evaluate_released(
     """The result on held-out patients, marked with its release.
 
     Private metrics are asked for once in the life of the run's folder: what was asked counts as spent, and is never
-    asked again, whether or not the answer was kept (privacy.md, rule 17).
+    asked again, whether or not the answer was kept (privacy.md, rule 17). Sites that remember what they answered are
+    asked again where it was not kept: they repeat it.
     """
     if config.privacy.metrics == "none":
         return no_result(config)
     if config.privacy.metrics == "exact":
         return exact_result(sites.evaluate(instruction, released, config.task.declared_sizes))
-    if not folder.metrics_asked():
+    lost = config.federation.ledgers and not (folder.path / HISTOGRAMS).exists()
+    if lost or not folder.metrics_asked():
         folder.journal(event="metrics-sent", round=instruction.round)
         plans = metrics_plans(config.task, config.privacy)
         found = sites.evaluate_privately(instruction, released, plans)

@@ -1,18 +1,21 @@
 """Bad replies are dropped before they can end a run or spoil the model."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from fedmed.config import RunConfig
 from fedmed.privacy.plan import PrivacyPlan
 from fedmed.records import Receipt
-from strategies.base import Arrays, blocks
+from strategies.base import Arrays, Update, blocks
+from strategies.sites import Traffic
+from strategies.spool import Spool
 
 # An honest update is this much smaller than the bound that its plan gives: declared sizes are no more than declared.
 SLACK = 10.0
+NO_ANSWER = "no answer"
 
 
 def problem(delta: Arrays, expected: Arrays) -> str | None:
@@ -72,6 +75,49 @@ class Checks:
         if bound is not None and (size := norm(delta)) > bound:
             return f"norm {size:.3g} above {bound:.3g} (strategy.norm_bound sets another bound)"
         return None
+
+
+@dataclass
+class Replies:
+    """The replies to one round, checked as they arrive: good ones go into the spool.
+
+    Attributes:
+        dropped: why each other site that was asked is left out.
+    """
+
+    checks: Checks
+    spool: Spool
+    traffic: Traffic = field(default_factory=Traffic)
+    dropped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def good(self) -> list[str]:
+        """Whose updates can be used, in the order of their names."""
+        return self.spool.sites
+
+    def silent(self, site: str) -> bool:
+        """Whether nothing readable came from the site yet."""
+        return site not in self.good and self.dropped.get(site, NO_ANSWER) == NO_ANSWER
+
+    def take(self, site: str, answer: tuple[Receipt, Arrays] | None) -> None:
+        """Take in what a site sent; None: an error, or something that could not be read."""
+        if answer is None:
+            return
+        reason = self.checks.reason(site, *answer)
+        if reason is None:
+            self.spool.add(site, answer[1])
+        else:
+            self.dropped[site] = reason
+
+    def end(self, asked: Sequence[str]) -> dict[str, str]:
+        """Nothing more is waited for: why each of those who were asked is left out."""
+        left_out = {site: self.dropped.get(site, NO_ANSWER) for site in asked if site not in self.good}
+        self.dropped = {site: r for site, r in self.dropped.items() if site not in self.good} | left_out
+        return left_out
+
+    def updates(self) -> dict[str, Update]:
+        """The updates with the declared sizes as weights."""
+        return self.spool.updates(self.checks.weights)
 
 
 def norm_bounds(config: RunConfig, plans: Mapping[str, PrivacyPlan], arrays: Arrays) -> dict[str, float]:

@@ -12,19 +12,16 @@ from flwr.app import RecordDict
 
 from fedmed.config import RunConfig
 from fedmed.errors import RunError
-from fedmed.metrics import ScoreCounts
 from fedmed.privacy.plan import PrivacyPlan
 from fedmed.records import Instruction, arrays_of, digest, instruction_record
 from strategies import build
 from strategies.base import Strategy
 from strategies.folder import Progress
 from strategies.members import Everyone, Members, Spent
-from strategies.replies import Checks, norm_bounds
-from strategies.sites import Sites, Traffic
+from strategies.replies import Checks, Replies, norm_bounds
+from strategies.sites import Sites
 from strategies.spool import Spool
 from strategies.summary import scores
-
-NO_ANSWER = "no answer"
 
 
 @dataclass
@@ -81,99 +78,98 @@ class Loop:
         content = instruction_record(instruction, progress.arrays)
         # The message's own bytes are the adapter while replies come in: one payload, not two.
         progress.hold(arrays_of(content))
-        traffic = Traffic()
         spool = Spool(self.spool, digest(instruction_record(instruction)), list(self.plans))
-        used_up = {site for site in present if site not in spool.sites and self.spent.used_up(site)}
-        dropped = self._gather(number, content, spool, members, present, traffic)
-        quorum = quorum_of(self.config, self.plans)
-        if len(spool.sites) < quorum and self.config.federation.kind == "consortium":
-            # Those who fell silent may be back by now. Whoever had answered is not asked again, nor who answered badly.
-            again = {site for site in members.present(number) if dropped.get(site, NO_ANSWER) == NO_ANSWER}
-            dropped |= self._gather(number, content, spool, members, sorted(again), traffic)
-            dropped = {site: reason for site, reason in dropped.items() if site not in spool.sites}
-        good = spool.sites
-        if len(good) < quorum:
-            if len({*present} - used_up) < quorum <= len(present):
-                self._say_used_up(number)
-                return False
-            raise RunError(
-                f"round {number}: {len(good)} good replies of {len(self.plans)} sites; "
-                f"federation.quorum={self.config.federation.quorum:g} asks for {quorum}"
-            )
-        weights = {site: plan.declared_size for site, plan in self.plans.items()}
+        replies = Replies(self._checks(number, progress), spool)
+        if not self._collect(replies, content, members, present):
+            return False
         # What is held here alone goes as soon as the strategy has replaced it.
         progress.state = {}
-        progress.arrays = strategy.aggregate(progress.arrays, spool.updates(weights))
+        progress.arrays = strategy.aggregate(progress.arrays, replies.updates())
         progress.state = strategy.state()
-        progress.recent.append(progress.arrays)
+        if self.config.strategy.average_last > 1:
+            progress.recent.append(progress.arrays)
         progress.round = number
         elapsed = time.monotonic() - began
         progress.seconds += elapsed
-        exact = self.score_rounds and self.config.privacy.metrics == "exact"
-        # Who is not there would be waited for once more.
-        asked = good if self.config.federation.kind == "consortium" else self.plans
-        counts = self.sites.evaluate(instruction, progress.arrays, asked) if exact else {}
         progress.history.append(
-            self._entry(number, counts, members.absent() | dropped, good)
-            | {"bytes_up": traffic.up, "bytes_down": traffic.down, "seconds": round(elapsed, 4)}
+            self._entry(instruction, progress, replies, members) | {"seconds": round(elapsed, 4)}
         )
         self.finished(progress)
         spool.clear()
         return True
 
-    def _gather(
-        self,
-        number: int,
-        content: RecordDict,
-        spool: Spool,
-        members: Members,
-        present: Sequence[str],
-        traffic: Traffic,
-    ) -> dict[str, str]:
-        """Send the round and fill the spool with good replies; why each other one of those present is left out."""
-        expected = arrays_of(content)
-        checks = Checks(
-            expected=expected,
+    def _checks(self, number: int, progress: Progress) -> Checks:
+        return Checks(
+            expected=progress.arrays,
             round=number,
             weights={site: plan.declared_size for site, plan in self.plans.items()},
-            norm_bounds=norm_bounds(self.config, self.plans, expected),
+            norm_bounds=norm_bounds(self.config, self.plans, progress.arrays),
             noise_draws=self.config.training.steps_per_round if self.config.privacy.kind == "dp" else 0,
         )
-        asked = [site for site in present if site not in spool.sites]
-        if asked:
-            self.sent(number, asked)
-            self.spent.sent(asked)
-        dropped = {}
-        replies = self.sites.train(content, asked, traffic, beside=members.questions(), heard=members.heard)
-        for site, answer in replies:
-            reason = NO_ANSWER if answer is None else checks.reason(site, *answer)
-            if reason is not None:
-                dropped[site] = reason
-            elif answer is not None:
-                spool.add(site, answer[1])
-            # Or it would lie here while the next one is read.
-            del answer
-        dropped |= {site: NO_ANSWER for site in asked if site not in spool.sites and site not in dropped}
-        for site, reason in sorted(dropped.items()):
-            self.warn(f"round {number}: '{site}' is left out: {reason}")
-        return dropped
 
-    def _say_used_up(self, number: int) -> None:
-        self.warn(
-            f"round {number}: what the sites promised is used up by rounds that were interrupted, so that the run ends "
-            f"at round {number - 1}; continue with rounds={self.config.rounds + 1} at a larger epsilon"
+    def _collect(
+        self, replies: Replies, content: RecordDict, members: Members, present: Sequence[str]
+    ) -> bool:
+        """Gather good replies of the quorum; False where what the sites promised is used up.
+
+        Raises:
+            RunError: there are fewer for another reason.
+        """
+        number, quorum = replies.checks.round, quorum_of(self.config, self.plans)
+        used_up = {site for site in present if site not in replies.good and self.spent.used_up(site)}
+        self._gather(replies, content, members, present)
+        if len(replies.good) < quorum and self.config.federation.kind == "consortium":
+            # Those who fell silent may be back. Who had answered is not asked again, nor who answered badly.
+            silent = [site for site in members.present(number) if replies.silent(site)]
+            self._gather(replies, content, members, silent)
+        if len(replies.good) >= quorum:
+            return True
+        if len({*present} - used_up) < quorum <= len(present):
+            self.warn(
+                f"round {number}: what the sites promised is used up by rounds that were interrupted, so that the run "
+                f"ends at round {number - 1}; continue with rounds={self.config.rounds + 1} at a larger epsilon"
+            )
+            return False
+        raise RunError(
+            f"round {number}: {len(replies.good)} good replies of {len(self.plans)} sites; "
+            f"federation.quorum={self.config.federation.quorum:g} asks for {quorum}"
         )
 
+    def _gather(
+        self, replies: Replies, content: RecordDict, members: Members, present: Sequence[str]
+    ) -> None:
+        """Send the round to those who have not answered yet, and take in what comes."""
+        number = replies.checks.round
+        asked = [site for site in present if site not in replies.good]
+        if not asked:
+            return
+        self.sent(number, asked)
+        self.spent.sent(asked)
+        questions = members.questions()
+        for site, answer in self.sites.train(
+            content, asked, replies.traffic, beside=questions, heard=members.heard
+        ):
+            replies.take(site, answer)
+            # Or it would lie here while the next one is read.
+            del answer
+        for site, reason in sorted(replies.end(asked).items()):
+            self.warn(f"round {number}: '{site}' is left out: {reason}")
+
     def _entry(
-        self, number: int, counts: Mapping[str, ScoreCounts], dropped: dict[str, str], answered: list[str]
+        self, instruction: Instruction, progress: Progress, replies: Replies, members: Members
     ) -> dict[str, Any]:
+        """What the history keeps of a round."""
+        exact = self.score_rounds and self.config.privacy.metrics == "exact"
+        # Who is not there would be waited for once more.
+        asked = replies.good if self.config.federation.kind == "consortium" else self.plans
+        counts = self.sites.evaluate(instruction, progress.arrays, asked) if exact else {}
         result = scores(counts)
         private = self.config.private and self.score_rounds
         spent = {site: self.spent.rounds.get(site, 0) for site in self.plans}
         return {
-            "round": number,
-            "sites": answered,
-            "dropped": dropped,
+            "round": instruction.round,
+            "sites": replies.good,
+            "dropped": members.absent() | replies.dropped,
             "evaluated": self.config.privacy.metrics == "exact",
             "auc": result["auc"],
             "accuracy": result["accuracy"],
@@ -184,6 +180,8 @@ class Loop:
                 site: plan.epsilon(rounds=spent[site]) if private else None
                 for site, plan in self.plans.items()
             },
+            "bytes_up": replies.traffic.up,
+            "bytes_down": replies.traffic.down,
         }
 
 

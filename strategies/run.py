@@ -26,6 +26,7 @@ from fedmed.resources import PeakMemory
 from fedmed.tracking import Tracker, make_tracker
 from fedmed.training import one_thread
 from strategies.console import RunConsole
+from strategies.consortium import Consortium
 from strategies.evaluation import evaluate_released, final_figures
 from strategies.folder import REPLIES, Progress, RunFolder
 from strategies.launch import admit, asked, plans_of
@@ -65,7 +66,7 @@ def run(config: RunConfig, grid: Grid) -> Path:
         folder = folder or RunFolder.create(config, plans, run_id=run_id)
         sites = Sites(grid, config.federation.timeout, received=folder.receive)
         launch = Instruction.of(config, plans, run_id=run_id, round=0)
-        ok, where = False, None
+        ok, where, members = False, None, None
         try:
             members = admit(config, plans, histograms, sites, launch, console)
             if config.resume:
@@ -104,12 +105,22 @@ def run(config: RunConfig, grid: Grid) -> Path:
             tracker.finish(folder.path, ok=ok)
             if ok or not folder.rounds_sent():
                 # Of a run that can be resumed, what it was promised stays promised.
-                sites.end(launch)
+                _end(sites, members, launch, console)
             if not ok and not config.resume and not folder.rounds_sent():
                 folder.discard()
     console.table(summary)
     _say_end(console, folder, where)
     return folder.path
+
+
+def _end(sites: Sites, members: Members | None, launch: Instruction, console: RunConsole) -> None:
+    """Tell the sites that the run is over; say what is to be done at those that cannot be told."""
+    told = sites.end(launch)
+    for site in sorted(members.ready - told if isinstance(members, Consortium) else ()):
+        console.warn(
+            f"site '{site}' could not be told that the run is over: what it never used stays promised until, there: "
+            f"fedmed privacy return {launch.run_id} --why …"
+        )
 
 
 def _train(
@@ -128,7 +139,7 @@ def _train(
     if config.resume:
         console.say(f"resumed after round {progress.round} of {config.rounds}")
     replies, until = folder.path / REPLIES, config.rounds
-    if keep_ledgers(config):
+    if config.federation.ledgers:
         before = (progress.history[-1].get("spent") if progress.history else None) or {}
         promised = plans if config.privacy.kind == "dp" else {}
         spent = Spent.by_ledgers(before, folder.sent_after(progress.round), promised)
@@ -157,11 +168,6 @@ def _train(
     console.end()
     progress.total_seconds = earlier + time.monotonic() - began
     return progress
-
-
-def keep_ledgers(config: RunConfig) -> bool:
-    """Whether the run's sites remember what they answered: asked again, they repeat it and charge nothing."""
-    return config.federation.kind == "consortium" or config.federation.sites is not None
 
 
 def _last_round(config: RunConfig, interrupted: int, progress: Progress, console: RunConsole) -> int:

@@ -173,11 +173,11 @@ class Sites:
         replies = self._by_site(sites, MessageType.EVALUATE, content, read_scores)
         return {site: counts for site, (_, counts) in replies.items()}
 
-    def end(self, instruction: Instruction) -> None:
-        """Tell every site that the run is over, so that what it never used goes back to the budget."""
+    def end(self, instruction: Instruction) -> set[str]:
+        """Tell every site that the run is over, so that what it never used goes back to the budget; who has heard."""
         content = instruction_record(instruction)
         self.look()
-        self._by_site([*self.nodes], f"{MessageType.QUERY}.end", content, read_ended)
+        return {*self._by_site([*self.nodes], f"{MessageType.QUERY}.end", content, read_ended)}
 
     def evaluate_privately(
         self, instruction: Instruction, arrays: Arrays, plans: Mapping[str, HistogramPlan]

@@ -136,6 +136,20 @@ def _metrics(config: RunConfig, histograms: Mapping[str, HistogramPlan]) -> dict
     }
 
 
+def participation(
+    plans: Mapping[str, PrivacyPlan], history: list[dict[str, Any]]
+) -> dict[str, dict[str, int | None]]:
+    """In how many rounds each site's update was used, and for how many its budget was charged (null: NOT PRIVATE).
+
+    A site that joined late or was away was charged for fewer than planned; its epsilon is that of the whole plan.
+    """
+    spent = (history[-1].get("spent") if history else None) or {}
+    return {
+        site: {"rounds": sum(site in entry["sites"] for entry in history), "charged": spent.get(site)}
+        for site in plans
+    }
+
+
 def summarise(
     config: RunConfig,
     plans: Mapping[str, PrivacyPlan],
@@ -165,6 +179,7 @@ def summarise(
         "rounds": rounds,
         # What was charged for: a run that ended early is charged for all of them.
         "rounds_planned": next(iter(plans.values())).rounds,
+        "participation": participation(plans, history),
         "seconds": seconds,
         "bytes_up_per_round": last["bytes_up"],
         "bytes_down_per_round": last["bytes_down"],

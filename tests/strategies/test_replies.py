@@ -1,13 +1,22 @@
 """Which updates are used: what is wrong with a reply is found by looking at it, not by trusting it."""
 
+import dataclasses
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pytest
 
+from fedmed.compose import compose
+from fedmed.config import RunConfig
+from fedmed.data.readers import made_up
+from fedmed.models.build import build
+from fedmed.privacy.plan import PrivacyPlan, make_plan
+from fedmed.privacy.randomness import seeded
 from fedmed.records import Receipt
+from fedmed.training import local_parts, train
 from strategies.base import Arrays
-from strategies.replies import Checks, norm
+from strategies.replies import SLACK, Checks, norm, norm_bounds, plan_bound
 
 EXPECTED = {"w": np.zeros((2, 3), np.float32), "b": np.zeros((), np.float32)}
 WEIGHTS = {"a": 100, "b": 50}
@@ -88,3 +97,60 @@ def test_the_bound_is_on_the_norm_of_the_whole_update() -> None:
     for bound, kept in ((3.2, True), (3.1, False)):
         found = checks(norm_bounds={"a": bound}).reason("a", receipt(), sent)
         assert (found is None) is kept
+
+
+@lru_cache
+def honest(*overrides: str) -> tuple[RunConfig, PrivacyPlan, Arrays, Arrays]:
+    """What a site of these settings sends, trained on made-up records: settings, plan, the adapter and its change."""
+    config = compose(
+        ["task=heart10", "tracking=none", "strategy=fedavg", "model=mlp", "adapter=full", *overrides]
+    )
+    plan = make_plan(config, "Hungary")
+    data = made_up(config.task, plan.declared_size)
+    model = build(config.task, config.model, config.adapter)
+    training, _ = local_parts(model.prepare(data), data)
+    arrays = model.initialise(config.seed)
+    update = train(model, training, arrays, plan=plan, training=config.training, source=seeded(5),
+                   proximal_mu=config.strategy.proximal_mu)  # fmt: skip
+    return config, plan, arrays, update.delta
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("privacy.epsilon=0.05",),
+        ("privacy.epsilon=8", "training.steps_per_round=20"),
+        ("training.steps_per_round=20", "training.momentum=0.9"),
+        ("training.optimizer=adam", "training.steps_per_round=20"),
+        ("training.sample_rate=0.05", "training.steps_per_round=5"),
+        ("training.weight_decay=0.5", "training.steps_per_round=5"),
+        ("strategy=fedprox", "strategy.proximal_mu=2", "training.steps_per_round=5"),
+    ],
+)
+def test_an_honest_update_stays_well_below_the_bound_of_its_plan(overrides: tuple[str, ...]) -> None:
+    """Privacy rule 22; and a norm of 1e9 does not."""
+    config, plan, arrays, delta = honest(*overrides)
+    bound = plan_bound(config, plan, arrays)
+    assert 0 < norm(delta) <= bound / SLACK
+    assert bound < 1e6
+
+
+def test_the_bound_grows_with_the_noise_and_would_refuse_honest_sites_without_it() -> None:
+    config, plan, arrays, delta = honest("privacy.epsilon=0.05")
+    silent = dataclasses.replace(plan, noise_multiplier=0.0)
+    assert norm(delta) > plan_bound(config, silent, arrays) / SLACK
+
+
+def test_only_a_consortium_bounds_norms_unasked() -> None:
+    config, plan, arrays, _ = honest()
+    plans = {"a": plan}
+    assert norm_bounds(config, plans, arrays) == {}
+    set_here = dataclasses.replace(config, strategy=dataclasses.replace(config.strategy, norm_bound=7.0))
+    assert norm_bounds(set_here, plans, arrays) == {"a": 7.0}
+    elsewhere = dataclasses.replace(
+        config, federation=dataclasses.replace(config.federation, kind="consortium")
+    )
+    assert norm_bounds(elsewhere, plans, arrays) == {"a": plan_bound(config, plan, arrays)}
+    off = dataclasses.replace(elsewhere, privacy=dataclasses.replace(config.privacy, kind="off"))
+    assert norm_bounds(off, plans, arrays) == {}

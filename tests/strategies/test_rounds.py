@@ -1,6 +1,7 @@
 """The loop over sites that fail, lie, dawdle or die: the others go on, or the run says what is missing."""
 
 import contextlib
+import copy
 import io
 import multiprocessing
 import os
@@ -8,16 +9,20 @@ import signal
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
 
 from fedmed.errors import ConfigError, RunError
 from fedmed.flower import InProcessGrid
 from fedmed.metrics import CELLS, ScoreCounts
 from fedmed.privacy.plan import make_plan
-from fedmed.records import Arrays, Instruction, Receipt, scores_record, update_record
+from fedmed.records import Arrays, Instruction, Receipt, read_update, scores_record, update_record
 from strategies.folder import Progress
 from strategies.members import Spent
 from strategies.sites import Sites
@@ -427,3 +432,92 @@ def test_bytes_are_those_of_the_arrays() -> None:
     size = sum(len(Array(values).data) for values in start().values())
     assert entry["bytes_down"] == 4 * size
     assert entry["bytes_up"] == 3 * size
+
+
+class Twice(InProcessGrid):
+    """Every reply arrives twice, the second time with other numbers; and one that nobody asked for."""
+
+    def gather(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        for reply in super().gather(messages, timeout=timeout):
+            yield reply
+            again = copy.deepcopy(reply)
+            if again.has_content() and "receipt" in again.content:
+                receipt, delta = read_update(again.content)
+                again.content = update_record(
+                    receipt, {name: np.full_like(values, 7) for name, values in delta.items()}
+                )
+            yield again
+            stray = copy.deepcopy(again)
+            stray.metadata.__dict__["_reply_to_message_id"] = "0" * 32
+            stray.metadata.__dict__["_src_node_id"] = 99
+            yield stray
+
+
+def test_a_second_reply_and_one_to_nothing_change_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with Federation(run_config(), client_app(), grid=Twice) as federation:
+        progress = federation.run()
+    with Federation(run_config(), client_app()) as federation:
+        expected = federation.run()
+    assert {k: v.tobytes() for k, v in progress.arrays.items()} == {
+        k: v.tobytes() for k, v in expected.arrays.items()
+    }
+    assert [entry["sites"] for entry in progress.history] == [[*NAMES]] * 3
+    # The round is over with the last reply: what comes after it is not looked at.
+    assert caplog.text.count("a reply to nothing that was asked, or a second one; dropped") >= 3 * 6
+
+
+class Plain(Grid):
+    """No more than Flower promises of a Grid, as its simulation on Ray gives: all replies at once, at the end."""
+
+    def __init__(self, app: ClientApp, *, nodes: int, workers: int = 1) -> None:
+        self._inner = InProcessGrid(app, nodes=nodes, workers=workers)
+
+    def set_run(self, run: object) -> None:
+        self._inner.set_run(run)
+
+    @property
+    def run(self) -> object:
+        return self._inner.run
+
+    def create_message(self, *arguments: Any, **options: Any) -> Message:
+        return self._inner.create_message(*arguments, **options)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self._inner.get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return self._inner.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return self._inner.pull_messages(message_ids)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        return self._inner.send_and_receive(messages, timeout=timeout)
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+def test_a_grid_that_gives_all_replies_at_once_gives_the_same_bits() -> None:
+    assert not hasattr(Plain, "gather")
+    adapters = []
+    for grid in (InProcessGrid, Plain):
+        with Federation(run_config(), client_app({"B": fail}), grid=grid) as federation:
+            progress = federation.run()
+        assert [entry["dropped"] for entry in progress.history] == [{"B": "no answer"}] * 3
+        adapters.append({name: values.tobytes() for name, values in progress.arrays.items()})
+    assert adapters[0] == adapters[1]
+
+
+def test_replies_that_wait_on_disk_give_the_same_bits(tmp_path: Path) -> None:
+    """And nothing of them remains."""
+    adapters = []
+    for spool in (None, tmp_path / "replies"):
+        with Federation(run_config("strategy=fedadam"), client_app()) as federation:
+            federation.loop.spool = spool
+            progress = federation.run()
+        adapters.append({name: values.tobytes() for name, values in progress.arrays.items()})
+    assert adapters[0] == adapters[1]
+    assert not list(tmp_path.iterdir())

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from fedmed.flower import InProcessGrid
 from strategies import STRATEGIES, Strategy, Update, build
 from strategies.base import Arrays
 from strategies.folder import Progress, RunFolder
+from strategies.spool import Spool
 
 SHAPES = {"head.weight": (1, 5), "head.bias": (1,), "block.lora_A": (3, 4), "scale": ()}
 SITES = {"b site": 132, "a": 7, "C": 201}
@@ -229,3 +231,69 @@ def reply_to(message: Message, arrays: dict[str, np.ndarray], weight: float) -> 
     assert message.metadata.message_type == MessageType.TRAIN
     content = RecordDict({"arrays": record(arrays), "metrics": MetricRecord({"num-examples": weight})})
     return Message(content, reply_to=message)
+
+
+# The slow, obvious way: whole arrays, one site after the other.
+
+
+def whole_mean(updates: dict[str, Update]) -> dict[str, np.ndarray]:
+    total = sum(update.weight for update in updates.values())
+    mean: dict[str, np.ndarray] = {}
+    for site in sorted(updates):
+        share = updates[site].weight / total
+        for name, values in updates[site].delta.items():
+            term = share * values.astype(np.float64)
+            mean[name] = mean[name] + term if name in mean else term
+    return mean
+
+
+def whole_step(
+    kind: str, config: StrategyConfig, mean: np.ndarray, kept: dict[str, np.ndarray], round: int
+) -> Any:
+    """The step of an array by the published formulas; `kept` is the state of that array."""
+    if kind in ("fedavg", "fedprox"):
+        return mean
+    if kind == "fedavgm":
+        kept["v"] = config.momentum * kept.get("v", 0.0) + mean
+        return config.learning_rate * kept["v"]
+    b1, b2, zero = config.beta_1, config.beta_2, np.zeros_like(mean)
+    m, v = kept.get("m", zero), kept.get("v", zero)
+    kept["m"] = b1 * m + (1 - b1) * mean
+    squared = mean**2
+    kept["v"] = {
+        "fedadam": lambda: b2 * v + (1 - b2) * squared,
+        "fedyogi": lambda: v - (1 - b2) * squared * np.sign(v - squared),
+        "fedadagrad": lambda: v + squared,
+    }[kind]()
+    rate = config.learning_rate
+    if kind == "fedadam":
+        t = round + 1
+        rate = float(rate * (np.sqrt(1 - b2**t) / (1 - b1**t)))
+    return rate * kept["m"] / (np.sqrt(kept["v"]) + config.tau)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("kind", sorted(STRATEGIES))
+def test_block_by_block_gives_the_bits_of_whole_arrays(
+    kind: str, on_disk: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In blocks that end within arrays, from replies in memory or on disk, over several rounds."""
+    monkeypatch.setattr("strategies.base.BLOCK", 5)
+    config, strategy = config_of(kind), build(config_of(kind))
+    rng = np.random.default_rng(11)
+    arrays = expected = draw(rng)
+    kept: dict[str, dict[str, np.ndarray]] = {name: {} for name in SHAPES}
+    for number in range(1, 5):
+        updates = draw_updates(rng)
+        mean = whole_mean(updates)
+        expected = {
+            name: np.asarray(values + whole_step(kind, config, mean[name], kept[name], number), np.float32)
+            for name, values in expected.items()
+        }
+        if on_disk:
+            spool = Spool(tmp_path / "replies", "asked", list(SITES))
+            for site, update in updates.items():
+                spool.add(site, dict(update.delta))
+            updates = spool.updates(SITES)
+        arrays = strategy.aggregate(arrays, updates)
+        assert_equal(arrays, expected)
