@@ -50,7 +50,7 @@ class _Workers:
 def pytest_configure(config: pytest.Config) -> None:
     if kept.FOLDER not in os.environ:
         # The workers of pytest-xdist are started later, and find it.
-        folder = tempfile.TemporaryDirectory(prefix="fedmed-kept-")
+        folder = tempfile.TemporaryDirectory(prefix="fedmed-kept-", ignore_cleanup_errors=True)
         config.add_cleanup(folder.cleanup)
         os.environ[kept.FOLDER] = folder.name
     # The process that starts the workers of pytest-xdist runs no test.
