@@ -23,11 +23,12 @@ TITLE = re.compile(r"^# fedmed site: (.*)$", re.MULTILINE)
 
 @dataclass(frozen=True, kw_only=True)
 class Admission:
-    """A site that may take part: the key by which it is known, in PEM."""
+    """A site that may take part, or might once: the key by which it is known, in PEM; times in seconds since 1970."""
 
+    name: str
     public_key: str
-    # Unix time.
     admitted_at: float
+    expelled_at: float | None = None
 
 
 class Registry(Protocol):
@@ -58,11 +59,13 @@ class Admissions:
         Raises:
             ConfigError: the file is damaged.
         """
+        return {entry.name: entry for entry in self._all() if entry.expelled_at is None}
+
+    def _all(self) -> list[Admission]:
         try:
-            values = json.loads(self._path.read_text())
-            return {name: from_dict(Admission, entry, where=name) for name, entry in values.items()}
+            return [from_dict(Admission, entry) for entry in json.loads(self._path.read_text())]
         except FileNotFoundError:
-            return {}
+            return []
         except (ValueError, AttributeError, TypeError, ConfigError):
             raise ConfigError(f"{self._path}: damaged; restore it from a backup") from None
 
@@ -73,41 +76,52 @@ class Admissions:
             name: in place of the one in the file.
 
         Raises:
-            ConfigError: the file holds no site's key, or the name or the key is another site's.
+            ConfigError: the file holds no site's key, the name or the key is another site's, or the key was expelled.
         """
         name, key = read_public(file, name)
-        with self._changed() as sites:
-            for other, admission in sites.items():
-                if (other == name) != (admission.public_key == key):
-                    what = "another key" if other == name else f"the same key as '{other}'"
+        with self._changed() as entries:
+            for entry in entries:
+                if entry.expelled_at is not None:
+                    # The SuperLink takes no key twice.
+                    if entry.public_key == key:
+                        raise ConfigError(
+                            f"site '{name}': its key was expelled, as '{entry.name}', which is for good; "
+                            "expected the key of a new site folder"
+                        )
+                elif (entry.name == name) != (entry.public_key == key):
+                    what = "another key" if entry.name == name else f"the same key as '{entry.name}'"
                     raise ConfigError(
-                        f"site '{name}': admitted with {what}; first run: fedmed coordinator expel '{other}'"
+                        f"site '{name}': admitted with {what}; first run: fedmed coordinator expel '{entry.name}'"
                     )
-            sites.setdefault(name, Admission(public_key=key, admitted_at=round(time.time(), 3)))
+            if not any(entry.public_key == key for entry in entries):
+                entries.append(Admission(name=name, public_key=key, admitted_at=round(time.time(), 3)))
         return name
 
     def expel(self, name: str) -> None:
-        """Admit a site no longer.
+        """Admit a site no longer: its key is refused for good.
 
         Raises:
             ConfigError: there is no such site.
         """
-        with self._changed() as sites:
-            if name not in sites:
+        with self._changed() as entries:
+            standing = [entry.name for entry in entries if entry.expelled_at is None]
+            if name not in standing:
                 raise ConfigError(
-                    f"site '{name}': not admitted; {nearest(name, sites) if sites else 'no site is'}"
+                    f"site '{name}': not admitted; {nearest(name, standing) if standing else 'no site is'}"
                 )
-            del sites[name]
+            for index, entry in enumerate(entries):
+                if entry.name == name and entry.expelled_at is None:
+                    entries[index] = dataclasses.replace(entry, expelled_at=round(time.time(), 3))
 
     @contextlib.contextmanager
-    def _changed(self) -> Iterator[dict[str, Admission]]:
-        """The sites, to be changed by one process at a time; written when nothing was raised."""
+    def _changed(self) -> Iterator[list[Admission]]:
+        """All entries, to be changed by one process at a time; written when nothing was raised."""
         handle = os.open(self._path.with_name("admitted.lock"), os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            sites = self.read()
-            yield sites
-            write_json(self._path, {name: dataclasses.asdict(entry) for name, entry in sites.items()})
+            entries = self._all()
+            yield entries
+            write_json(self._path, [dataclasses.asdict(entry) for entry in entries])
         finally:
             os.close(handle)
 
@@ -139,6 +153,9 @@ def reconcile(admitted: Mapping[str, Admission], registry: Registry) -> list[str
     Returns:
         What changed, in words.
     """
+    # Imported here: it brings Flower.
+    from fedmed.flower.line import LinkDown, LinkError
+
     known = {
         (node.name, _plain(node.public_key)): node
         for node in registry.nodes()
@@ -152,9 +169,16 @@ def reconcile(admitted: Mapping[str, Admission], registry: Registry) -> list[str
             registry.unregister(node.node)
             said.append(f"site '{name}' is expelled")
     for identity, name in wanted.items():
-        if identity not in known:
+        if identity in known:
+            continue
+        try:
             registry.register(name, admitted[name].public_key.encode())
             said.append(f"site '{name}' is admitted")
+        except LinkDown:
+            raise
+        # One that it does not take must not keep the others out.
+        except (LinkError, ConfigError) as error:
+            said.append(f"site '{name}' is not admitted by the SuperLink: {error}")
     return said
 
 

@@ -46,7 +46,9 @@ Examples:
   fedmed coordinator admit key.pub --name "St. Mary's" --coordinator /srv/hub
 """
 
-EXPEL_HELP = """Expel a site: from now on it is refused.
+EXPEL_HELP = """Expel a site: from now on its key is refused, for good.
+
+It can come back only with the key of a new folder.
 
 \b
 Examples:
@@ -183,8 +185,10 @@ def _tell(folder: "CoordinatorFolder") -> str:
 
     if folder.running() is None:
         return "; it holds from the next start on"
-    reconcile(Admissions(folder.path).read(), control(folder))
-    return ""
+    problems = [
+        line for line in reconcile(Admissions(folder.path).read(), control(folder)) if "not admitted" in line
+    ]
+    return f", but {'; '.join(problems)}" if problems else ""
 
 
 @app.command("rotate", help=ROTATE_HELP)

@@ -1,6 +1,7 @@
 """A whole consortium on loopback: a coordinator's processes, and a process that plays its sites."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -99,7 +100,9 @@ class Hub:
         return snapshot(self.folder, nodes(self.folder))
 
     def online(self) -> list[str]:
-        return [site["name"] for site in self.status()["sites"] if site["status"] == "online"]
+        """The sites that are online, by what the coordinator said last of each."""
+        last = dict(re.findall(r"site '(.*)': (.*)", self.said))
+        return sorted(name for name, status in last.items() if status == "online")
 
     def launch(self, *overrides: str, name: str = "run") -> RunPlace:
         """Launch a run and do not watch it."""
@@ -137,7 +140,7 @@ def slowly(what: Callable[[], Any], *, seconds: float = 120) -> Any:
     """What `what` returns, as soon as that is true; it may be dear to ask."""
 
     def asked() -> Any:
-        time.sleep(0.3)
+        time.sleep(0.5)
         return what()
 
     return wait_for(asked, seconds=seconds)

@@ -8,6 +8,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedmed.errors import ConfigError
+from fedmed.flower.line import LinkError
 from strategies.coordinator.admissions import Admissions, reconcile
 
 
@@ -36,11 +37,15 @@ class FakeControl:
     """Refuses what the real one refuses."""
 
     known: list[Node] = field(default_factory=list)
+    refused: set[str] = field(default_factory=set)
 
     def register(self, name: str, public_key: bytes) -> int:
         for node in self.nodes():
-            if node.status != "unregistered" and (node.name == name or node.public_key == public_key):
-                raise ConfigError("in already")
+            # Flower takes no key twice, not even after it has left.
+            if node.public_key == public_key or (node.status != "unregistered" and node.name == name):
+                raise LinkError("in already")
+        if name in self.refused:
+            raise LinkError("in already")
         self.known.append(Node(len(self.known) + 1, name, public_key))
         return len(self.known)
 
@@ -69,6 +74,10 @@ def test_an_admission_lasts(admissions: Admissions, tmp_path: Path) -> None:
     assert admissions.read() == before
     admissions.expel("St. Mary's")
     assert Admissions(tmp_path).read() == {}
+    # Under whatever name.
+    with pytest.raises(ConfigError, match=r"its key was expelled, as 'St\. Mary's', which is for good"):
+        admissions.admit(public_file(tmp_path, "other", pem))
+    assert admissions.admit(public_file(tmp_path, "St. Mary's")) == "St. Mary's"
 
 
 def test_a_name_and_a_key_are_one_site_s(admissions: Admissions, tmp_path: Path) -> None:
@@ -113,6 +122,17 @@ def test_the_superlink_is_told_exactly_what_changed(admissions: Admissions, tmp_
     admissions.admit(public_file(tmp_path, "b"))
     assert reconcile(admissions.read(), control) == ["site 'a' is admitted", "site 'b' is admitted"]
     assert reconcile(admissions.read(), control) == []
+    # One that it refuses keeps nobody out.
+    admissions.admit(public_file(tmp_path, "c"))
+    admissions.admit(public_file(tmp_path, "d"))
+    control.refused.add("c")
+    assert reconcile(admissions.read(), control) == [
+        "site 'c' is not admitted by the SuperLink: in already", "site 'd' is admitted",
+    ]  # fmt: skip
+    control.refused.clear()
+    admissions.expel("c")
+    admissions.expel("d")
+    assert reconcile(admissions.read(), control) == ["site 'd' is expelled"]
     # While it was down: one expelled, one with another key under its old name.
     admissions.expel("b")
     admissions.expel("a")
