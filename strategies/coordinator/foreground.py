@@ -28,11 +28,12 @@ def in_foreground(folder: CoordinatorFolder, *, insecure: bool) -> None:
 
         def tell(values: dict[str, Any]) -> None:
             nonlocal before
+            if before is None:
+                print(f"coordinator '{folder.config.name}' at {folder.address}", flush=True)
             for line in changes(before, values):
                 print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
             before = values
 
-        print(f"coordinator '{folder.config.name}' at {folder.address}", flush=True)
         Supervisor(folder, insecure=insecure, show=tell).run()
         return
     with Live("starting …", console=console, auto_refresh=False) as live:

@@ -15,14 +15,14 @@ import psutil
 
 from strategies.coordinator.folder import CoordinatorFolder
 from strategies.coordinator.records import RunPlace, RunPlaces
-from tests.commands import LIGHT, ROOT, Commands, Ended, wait_for
+from tests.commands import ROOT, Ended, heavy, wait_for
 from tests.fedmed.flower.network import free_port
 from tests.strategies.coordinator.play_sites import new_site
 
 SITES = ("Cleveland", "Hungary")
 FEDMED = (sys.executable, "-P", "-c", "from fedmed.cli.main import main; main()")
 SETTINGS = ("federation=consortium", "task=heart10", "task.declared_sizes={Cleveland: 304, Hungary: 260}",
-            "model=logistic", "privacy=off", "tracking=none")  # fmt: skip
+            "model=logistic", "privacy=off", "tracking=none", "federation.timeout=15")  # fmt: skip
 
 
 @dataclass
@@ -31,12 +31,6 @@ class Hub:
 
     beside: Path
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        # Flower's modules take a second to import.
-        self._commands = Commands(
-            f"{LIGHT} fedmed.flower.control strategies.coordinator.snapshot", self.beside
-        )
 
     @property
     def path(self) -> Path:
@@ -47,7 +41,7 @@ class Hub:
         return CoordinatorFolder.open(self.path)
 
     def init(self, *, mlflow: bool = False) -> None:
-        made = self._commands(
+        made = heavy()(
             "coordinator", "init", str(self.path), "--name", "hub", "--host", "127.0.0.1", "--listen", "127.0.0.1",
             "--port", str(free_port()),
         )  # fmt: skip
@@ -61,7 +55,7 @@ class Hub:
 
     def command(self, *arguments: str, **options: Any) -> Ended:
         """A command about this coordinator."""
-        return self._commands(*arguments, env={"FEDMED_COORDINATOR": str(self.path)}, **options)
+        return heavy()(*arguments, env={"FEDMED_COORDINATOR": str(self.path)}, **options)
 
     def admit(self) -> None:
         for name in SITES:
@@ -128,7 +122,6 @@ class Hub:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        self._commands.close()
 
 
 def descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
