@@ -296,18 +296,18 @@ def test_the_coordinator_and_its_tracking_see_no_canary(
     sites = make_sites(tmp_path / "sites", held_out="private", budget=80)
     planted.more |= {(sites / site / KEY).read_bytes().hex() for site in ("a", "b")}
     replies: list[bytes] = []
-    exchange = InProcessGrid.send_and_receive
+    exchange = InProcessGrid.gather
 
-    def recorded(self: InProcessGrid, *arguments: Any, **options: Any) -> list[Message]:
-        got = list(exchange(self, *arguments, **options))
-        replies.extend(
-            f"{m.error.code} {m.error.reason}".encode() if m.has_error() else to_bytes(m.content) for m in got
-        )
-        return got
+    def recorded(self: InProcessGrid, *arguments: Any, **options: Any) -> Iterator[Message]:
+        for m in exchange(self, *arguments, **options):
+            replies.append(
+                f"{m.error.code} {m.error.reason}".encode() if m.has_error() else to_bytes(m.content)
+            )
+            yield m
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(InProcessGrid, "send_and_receive", recorded)
+        patch.setattr(InProcessGrid, "gather", recorded)
         patch.setattr(strategies.run, "write_report", lambda *_: None)
         patch.chdir(store)
         patch.setattr(sys, "argv", [
