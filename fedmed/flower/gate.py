@@ -32,6 +32,9 @@ HOLD = 20.0
 # Flower makes the error reply for a site that is gone only when somebody asks.
 LOOK_AGAIN = 1.0
 
+# Larger than any request of a site: Flower moves objects in pieces of 5 MB.
+LARGEST = 16_000_000
+
 Scope = MutableMapping[str, Any]
 Event = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Event]]
@@ -139,6 +142,11 @@ class Gate:
             return
         path, headers = scope["path"], dict(scope["headers"])
         if path.startswith("/v1/fleet/"):
+            if not _of_a_size(headers):
+                # It would be read whole before anybody knows who sends it.
+                log.warning("refused: a request of another size than sites send, from %s", scope["client"])
+                await _answer(send, 413, {})
+                return
             reason = self._turned_away(headers)
             if reason is not None:
                 await self._refuse(send, 425 if reason == Reason.TOO_EARLY else 401, reason, headers)
@@ -226,6 +234,11 @@ class Gate:
         await self._to_executor.wait(self._asked, hold)
         self._asked = self._to_executor.rung
         await self._app(scope, _once(body), send)
+
+
+def _of_a_size(headers: dict[bytes, bytes]) -> bool:
+    length = headers.get(b"content-length", b"")
+    return length.isdigit() and int(length) <= LARGEST
 
 
 def _hold(headers: dict[bytes, bytes]) -> float:

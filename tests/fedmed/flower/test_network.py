@@ -221,6 +221,16 @@ def test_only_who_knows_the_secret_operates_it(network: Network) -> None:
     assert "without the coordinator's secret" in network.log
 
 
+def test_nobody_sends_more_than_a_site_ever_does(network: Network) -> None:
+    context = httpx.create_ssl_context(verify=str(network.folder / "ca.pem"))
+    address = f"https://{network.address}/v1/fleet/push-object"
+    with httpx.Client(verify=context) as client:
+        assert client.post(address, content=bytes(16_000_001)).status_code == 413
+        assert client.post(address, content=iter([b"in pieces"])).status_code == 413
+        assert client.post(address, content=b"").status_code == 401
+    assert "of another size" in network.log
+
+
 def test_a_request_that_is_sent_again_is_refused(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     link = network.site("replayed")
     requests: list[httpx.Request] = []
