@@ -84,7 +84,8 @@ def run(
     texts = list(overrides or [])
     if not multirun:
         config = compose(texts)
-        _check_folder(config)
+        if config.federation.kind == "local" or config.resume:
+            _check_folder(config)
         _warn(_check(config))
         (_run_local if config.federation.kind == "local" else _launch)(config, texts)
         return
