@@ -18,16 +18,18 @@ ROUNDS = 12
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     made = Hub(tmp_path_factory.mktemp("consortium"))
-    made.init()
-    # One before the start, one while it runs.
-    first, second = (str(made.beside / f"{name}.pub") for name in SITES)
-    assert "it holds from the next start on" in made.command("coordinator", "admit", first).out
-    made.start()
-    assert made.command("coordinator", "admit", second).out == f"site '{SITES[1]}': admitted\n"
-    made.sites()
-    slowly(lambda: made.online() == list(SITES))
-    yield made
-    made.end()
+    try:
+        made.init()
+        # One before the start, one while it runs.
+        first, second = (str(made.beside / f"{name}.pub") for name in SITES)
+        assert "it holds from the next start on" in made.command("coordinator", "admit", first).out
+        made.start()
+        assert made.command("coordinator", "admit", second).out == f"site '{SITES[1]}': admitted\n"
+        made.sites()
+        slowly(lambda: made.online() == list(SITES))
+        yield made
+    finally:
+        made.end()
 
 
 def history(folder: Path) -> list[int]:
