@@ -130,6 +130,9 @@ def read_instruction(content: RecordDict) -> tuple[Instruction, Arrays]:
     for group in ("task", "model", "adapter", "privacy"):
         values[group] = parse(group, values[group])
     values["training"] = from_dict(TrainingConfig, values["training"], where="training")
+    # A run fills it in; without it training would fail after data was opened.
+    rate = values["training"].learning_rate
+    require(rate is not None, "instruction.training.learning_rate", "null", "a number > 0")
     values["plans"] = {
         site: from_dict(PrivacyPlan, plan, where=f"plans.{site}") for site, plan in values["plans"].items()
     }

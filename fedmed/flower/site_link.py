@@ -80,16 +80,7 @@ class SiteLink:
         """
         self.close()
         self._line, self._poll = self._open(), self._open(self._hold)
-        public = public_key_to_bytes(self._key.public_key())
-        request = ActivateNodeRequest(public_key=public, heartbeat_interval=INTERVAL)
-        try:
-            node = self._line.call("ActivateNode", request).node_id
-        except (LinkDown, LinkRefused):
-            raise
-        except LinkError:
-            # A site that was killed holds its place for some seconds more.
-            self._leave(self._kept())
-            node = self._again(request)
+        node = self._taken_up(self._kept()) or self._activated()
         self._node, self._lost = Node(node_id=node), None
         self._node_file.write_text(str(node))
         self._stop = threading.Event()
@@ -201,10 +192,25 @@ class SiteLink:
         with contextlib.suppress(LinkError):
             self._use(self._line).call("DeactivateNode", DeactivateNodeRequest(node_id=node))
 
-    def _again(self, request: ActivateNodeRequest) -> int:
+    def _taken_up(self, node: int) -> int:
+        """The number of this site's place where that is still known, else 0: what waits for it stays."""
+        if not node:
+            return 0
+        beat = SendNodeHeartbeatRequest(node=Node(node_id=node), heartbeat_interval=INTERVAL)
+        try:
+            return node if self._use(self._line).call("SendNodeHeartbeat", beat).success else 0
+        except (LinkDown, LinkRefused):
+            raise
+        except LinkError:
+            # Of another coordinator, or of the time before this site was admitted again.
+            return 0
+
+    def _activated(self) -> int:
+        public = public_key_to_bytes(self._key.public_key())
+        request = ActivateNodeRequest(public_key=public, heartbeat_interval=INTERVAL)
         try:
             return int(self._use(self._line).call("ActivateNode", request).node_id)
-        except LinkRefused:
+        except (LinkDown, LinkRefused):
             raise
         except LinkError:
             raise LinkDown(

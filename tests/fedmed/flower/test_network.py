@@ -227,7 +227,7 @@ def test_nobody_sends_more_than_a_site_ever_does(network: Network) -> None:
     with httpx.Client(verify=context) as client:
         assert client.post(address, content=bytes(16_000_001)).status_code == 413
         assert client.post(address, content=iter([b"in pieces"])).status_code == 413
-        assert client.post(address, content=b"").status_code == 401
+        assert client.post(address, content=b"").status_code == 415
     assert "of another size" in network.log
 
 
