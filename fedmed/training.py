@@ -30,6 +30,7 @@ FIRST_PIECE = 8
 # glibc's malloc.h; tensors that are larger go back to the system at once, and so does what is free beyond it.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_BYTES = 256 * 2**20
+PASSED_ON_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -55,22 +56,27 @@ class LocalUpdate:
     noise_draws: int
 
 
-def one_thread() -> None:
-    """Use one core: results then do not depend on how many processes play the sites. Freed memory stays at hand."""
+def one_thread(*, trains: bool = True) -> None:
+    """Use one core: results then do not depend on how many processes play the sites.
+
+    Args:
+        trains: freed memory stays at hand, since every step frees and asks for the same tensors: pages that the system
+            clears anew cost a tenth of a step. False: it goes back at once, of a process that passes messages on.
+    """
     os.environ["OMP_NUM_THREADS"] = "1"
     if torch.get_num_threads() != 1:
         torch.set_num_threads(1)
-    _keep_freed_memory()
+    _keep_freed_memory(KEPT_BYTES if trains else PASSED_ON_BYTES)
 
 
 @lru_cache(maxsize=1)
-def _keep_freed_memory() -> None:
-    """Every step frees and asks for the same tensors: pages that the system clears anew cost a tenth of a step."""
+def _keep_freed_memory(size: int) -> None:
+    """Blocks of up to `size` bytes stay with this process when they are freed."""
     # mallopt is glibc's; elsewhere the allocator's own ways do.
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
-        libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        libc.mallopt(M_TRIM_THRESHOLD, size)
+        libc.mallopt(M_MMAP_THRESHOLD, size)
 
 
 def local_parts(batch: Batch, data: SiteDataset) -> tuple[LocalData, LocalData]:

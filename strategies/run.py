@@ -51,7 +51,7 @@ def run(config: RunConfig, grid: Grid) -> Path:
     console = RunConsole()
     # A consortium's run does not stand still because MLflow does.
     tracker = make_tracker(config.tracking, console.warn, insist=config.federation.kind == "local")
-    one_thread()
+    one_thread(trains=config.federation.kind == "local")
     with PeakMemory() as memory:
         folder = RunFolder(Path(config.resume)) if config.resume else None
         plans = plans_of(config, folder)

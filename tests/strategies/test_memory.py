@@ -19,6 +19,7 @@ from fedmed.flower import InProcessGrid
 from fedmed.flower.server import Task
 from fedmed.privacy.plan import make_plan
 from fedmed.records import Instruction, Receipt, read_instruction, update_record
+from fedmed.training import one_thread
 from strategies.base import Arrays
 from strategies.consortium import Consortium
 from strategies.folder import Progress, RunFolder
@@ -227,6 +228,8 @@ def beat(task: Task, ended: threading.Event) -> None:
 
 def over_network(config: RunConfig, network: Network, task: Task, spool: Path) -> int:
     """The resident memory that a round takes; what connecting and quotes take is not counted."""
+    # As `strategies.run` begins.
+    one_thread(trains=False)
     plans = {site: make_plan(config, site) for site in NAMES}
     grid = network.grid(task)
     sites = Sites(grid, 600)
