@@ -39,7 +39,7 @@ Examples:
   fedmed run -m privacy.epsilon=1,3,8 seed=0,1  six runs, all checked before the first starts
   fedmed run task=csv task.declaration=mine.yaml
   fedmed run resume=runs/20261121-101500-run    go on after the last finished round
-  fedmed run federation=consortium federation.coordinator=/srv/hub task=dicom …   at the sites that /srv/hub admitted
+  fedmed run federation=consortium federation.coordinator=/srv/hub adapter=lora   at the sites that /srv/hub admitted
 
 A sweep spends what all its runs spend. On anything but a public benchmark it says first how much that is, and asks.
 """

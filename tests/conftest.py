@@ -99,6 +99,14 @@ def _own_home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("fedmed.data.split.secrets", keys)
 
 
+@pytest.fixture(autouse=True)
+def _umask() -> Iterator[None]:
+    """A process that starts to serve closes what it writes to others; the tests' own process goes on."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plots that nobody looks at take longer than the rounds."""

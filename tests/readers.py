@@ -30,7 +30,7 @@ class Fork:
         ours_out, theirs_out = os.pipe()
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(_started(env))
-            socket.send_fds(connection, [b"x"], [theirs_in, theirs_out])
+            socket.send_fds(connection, [os.getcwd().encode()], [theirs_in, theirs_out])
             self.pid = int(connection.recv(100))
         os.close(theirs_in)
         os.close(theirs_out)
@@ -90,11 +90,12 @@ def _serve(path: str) -> None:
                 # Who started it has ended.
                 return
             connection, _ = listening.accept()
-            _, files, _, _ = socket.recv_fds(connection, 1, 2)
+            where, files, _, _ = socket.recv_fds(connection, 4096, 2)
             pid = os.fork()
             if not pid:
                 listening.close()
                 connection.close()
+                os.chdir(where)
                 _read(worker, files)
             connection.sendall(str(pid).encode())
             connection.close()

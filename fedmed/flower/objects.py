@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import secrets
 import time
 from collections.abc import Callable, Container
@@ -69,18 +70,38 @@ class Parcel:
                 _forget_exchanges()
 
 
-def received(proto: ProtoMessage, tree: ObjectTree, pull: Callable[[str], bytes]) -> tuple[Message, bool]:
+class Budget:
+    """Bytes that one message may take in memory: an array may name one piece any number of times."""
+
+    def __init__(self, most: float) -> None:
+        self._left = most
+
+    def take(self, size: int) -> None:
+        """Count them.
+
+        Raises:
+            LinkError: there are too many.
+        """
+        self._left -= size
+        if self._left < 0:
+            raise LinkError("a message is larger than it may be")
+
+
+def received(
+    proto: ProtoMessage, tree: ObjectTree, pull: Callable[[str], bytes], *, most: float = math.inf
+) -> tuple[Message, bool]:
     """A message that was announced, and whether objects of it were fetched.
 
     Args:
         pull: an object's bytes; raises `ObjectUnavailableError` while it is still on its way.
+        most: bytes that its arrays may have.
 
     Raises:
         LinkError: it is damaged, or a part of it is missing.
     """
     message = message_from_proto(proto)
     if not message.has_content() or PACKED not in message.content:
-        return fetch(tree, pull), True
+        return fetch(tree, pull, most=most), True
     try:
         content = from_bytes(bytes(message.content.config_records[PACKED]["content"]))
     # Whatever the other end sends, parsers may raise anything.
@@ -89,17 +110,15 @@ def received(proto: ProtoMessage, tree: ObjectTree, pull: Callable[[str], bytes]
     return make_message(metadata=message.metadata, content=content), False
 
 
-def fetch(tree: ObjectTree, pull: Callable[[str], bytes]) -> Message:
-    """The message at the root of a tree of objects.
-
-    Args:
-        pull: an object's bytes; raises `ObjectUnavailableError` while it is still on its way.
+def fetch(tree: ObjectTree, pull: Callable[[str], bytes], *, most: float = math.inf) -> Message:
+    """The message at the root of a tree of objects; `pull` and `most` are those of `received`.
 
     Raises:
-        LinkError: an object is missing or damaged.
+        LinkError: an object is missing or damaged, or there is more of it than there may be.
     """
     try:
-        message = _inflated(tree, pull, time.monotonic() + PATIENCE)
+        # Each byte is counted as it is fetched, and once more in its array.
+        message = _inflated(tree, pull, time.monotonic() + PATIENCE, Budget(2 * most + SMALL))
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise LinkError(f"a message is damaged ({type(error).__name__})") from None
     if not isinstance(message, Message):
@@ -108,9 +127,9 @@ def fetch(tree: ObjectTree, pull: Callable[[str], bytes]) -> Message:
     return message
 
 
-def _inflated(tree: ObjectTree, pull: Callable[[str], bytes], end: float) -> InflatableObject:
+def _inflated(tree: ObjectTree, pull: Callable[[str], bytes], end: float, budget: Budget) -> InflatableObject:
     # The parts first and each of them whole, so that only one array exists twice at a time.
-    children = {child.object_id: _inflated(child, pull, end) for child in tree.children}
+    children = {child.object_id: _inflated(child, pull, end, budget) for child in tree.children}
     for _ in attempts(max(0.0, end - time.monotonic())):
         try:
             content = pull(tree.object_id)
@@ -120,19 +139,21 @@ def _inflated(tree: ObjectTree, pull: Callable[[str], bytes], end: float) -> Inf
             continue
     else:
         raise LinkError("a part of a message did not come in time")
+    budget.take(len(content))
     kind, _, _ = get_object_head_values_from_object_content(content)
     if kind == "Array":
-        return _joined(content, children)
+        return _joined(content, children, budget)
     return inflatable_class_registry[kind].inflate(content, children)
 
 
-def _joined(content: bytes, chunks: dict[str, InflatableObject]) -> Array:
+def _joined(content: bytes, chunks: dict[str, InflatableObject], budget: Budget) -> Array:
     """As Flower's `Array.inflate`, which has the bytes of an array in memory three times."""
     values = json.loads(get_object_body(content, Array))
     ids = get_object_children_ids_from_object_content(content)
     parts = [chunks[ids[index]] for index in values["arraychunk_ids"]]
     if not all(isinstance(part, ArrayChunk) for part in parts):
         raise ValueError("an array is made of something else")
+    budget.take(sum(len(part.data) for part in parts))
     data = b"".join(part.data for part in parts)
     return Array(dtype=values["dtype"], shape=tuple(values["shape"]), stype=values["stype"], data=data)
 

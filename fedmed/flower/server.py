@@ -32,7 +32,8 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedmed.flower.gate import HOLD_HEADER
 from fedmed.flower.line import Headers, Line, LinkDown
-from fedmed.flower.objects import Parcel, failed, received
+from fedmed.flower.objects import SMALL, Parcel, failed, received
+from fedmed.records import array_bytes
 
 log = logging.getLogger("fedmed.coordinator")
 
@@ -202,7 +203,9 @@ class NetworkGrid(Grid):
 
         try:
             pull = make_pull_object_fn_protobuf(request, self._node, self._run.run_id)
-            reply, fetched = received(proto, tree, pull)
+            # An answer holds no more than what was asked about, or what stands in a message of its own.
+            most = array_bytes(sent.content) + SMALL
+            reply, fetched = received(proto, tree, pull, most=most)
             if fetched:
                 done = ConfirmMessageReceivedRequest(
                     node=self._node, run_id=self._run.run_id, message_object_id=tree.object_id

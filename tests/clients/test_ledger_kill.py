@@ -14,7 +14,7 @@ from typing import IO
 
 import pytest
 
-import clients.guard
+import clients.opened
 from clients.folder import LEDGER, SiteFolder
 from clients.folder import verify as verify_signature
 from fedmed.privacy.verify import verify
@@ -100,7 +100,7 @@ def test_killed_at_random_it_shows_every_round_that_left(tmp_path: Path, asked: 
             began = time.monotonic()
         assert trained(warm, replace(asked, run_id="warm", round=number), arrays).has_content()
     each = (time.monotonic() - began) / 5
-    clients.guard.open_guard.cache_clear()
+    clients.opened.close_guard(str(warm))
     seed = int.from_bytes(os.urandom(4))
     print(f"seed {seed}")
     draws = random.Random(seed)

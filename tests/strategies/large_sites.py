@@ -38,7 +38,9 @@ def play(address: str, folder: Path, name: str, number: int) -> None:
     assert isinstance(key, ec.EllipticCurvePrivateKey)
     link = SiteLink(address, key=key, ca=(folder / "ca.pem").read_bytes(), node_file=folder / f"{name}.node")
     link.connect()
-    print(name, flush=True)
+    # In one piece: others print too.
+    sys.stdout.write(f"{name}\n")
+    sys.stdout.flush()
     while True:
         request = link.receive(20)
         if request is not None:

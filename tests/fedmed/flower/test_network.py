@@ -177,6 +177,24 @@ def test_a_damaged_reply_is_an_error_in_its_place(network: Network, monkeypatch:
     task.finish(ok=True, details="")
 
 
+def test_a_reply_that_swells_is_an_error_in_its_place(network: Network) -> None:
+    """An array that names one piece a thousand times is small on the way, and large in memory."""
+    link = network.site("swelling")
+    task = network.task()
+    task.begin()
+    grid = network.grid(task)
+
+    def swell(message: Message) -> Message:
+        zeros = ArrayRecord({"w": Array(np.zeros(30_000_000))})
+        return Message(RecordDict({"arrays": zeros}), reply_to=message)
+
+    with working(link, swell):
+        (reply,) = grid.gather(sent(grid, ["swelling"], content(10)), timeout=60)
+    assert reply.error.reason == "unreadable"
+    link.close()
+    task.finish(ok=True, details="")
+
+
 def test_an_unknown_site_and_an_expelled_one_are_refused_and_named_on_both_sides(network: Network) -> None:
     key = new_key()
     link = network.link("stranger", key)

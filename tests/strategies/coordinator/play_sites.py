@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.app import Context, RecordDict
+from flwr.app import Context, MessageType, RecordDict
 
 from clients.client_app import app
 from fedmed.flower.line import LinkError
@@ -54,6 +54,9 @@ def play(folder: CoordinatorFolder, name: str, number: int, ca: bytes | None) ->
                 # They share one model, as no two real sites do.
                 with ONE:
                     reply = app(message=request.message, context=context)
+                    if request.message.metadata.message_type == MessageType.TRAIN:
+                        # So that a run of some rounds can be met half-way.
+                        time.sleep(0.3)
                 link.reply(request, reply)
         except LinkError as error:
             print(name, error, flush=True)
