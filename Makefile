@@ -51,9 +51,10 @@ test: lint types  ## Lint, types and tests, at most 10 minutes
 
 test-full: install  ## The same tests at the full counts
 	FEDMED_TEST_FULL=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
+	FEDMED_TEST_FULL=1 $(BIN)/python -m pytest tests/long
 	FEDMED_TEST_FULL=1 ./tests/system/run
 
-test-system: install  ## What needs a browser or root, or long: the report in Chromium, a full disk, machines that die
+test-system: install  ## What needs a browser or root: the report in Chromium, a full disk, cables that are cut
 	./tests/system/run
 
 constraints: install  ## Write the versions of .venv to constraints.txt

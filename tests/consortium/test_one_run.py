@@ -1,4 +1,4 @@
-"""A run of a consortium of real processes, each of which is killed once. By themselves: tests/system/test_faults.py."""
+"""A run of a consortium of real processes, each of which is killed once. By themselves: tests/long/test_faults.py."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,6 +1,6 @@
 """A coordinator and its sites as real processes, which are killed, stopped and started again while runs are under way.
 
-The same in network namespaces, where cables are cut: test_network_namespaces.py.
+Part of `make test-full`. In network namespaces, where cables are cut: tests/system/test_network_namespaces.py.
 """
 
 import contextlib
