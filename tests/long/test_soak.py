@@ -34,7 +34,7 @@ def consortium(tmp_path: Path) -> Iterator[Consortium]:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    made = Consortium(tmp_path / "c", names, budget=60, command=in_a_fork)
+    made = Consortium(tmp_path / "c", names, budget=60, policy={"epsilon_total": "60.0"}, command=in_a_fork)
     made.make()
     made.start(timeout=300)
     yield made
