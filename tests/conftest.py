@@ -5,7 +5,9 @@ import hashlib
 import os
 import random
 import secrets
+import signal
 import tempfile
+import threading
 import tomllib
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
@@ -97,6 +99,11 @@ def _own_home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytes
     draws = random.Random(request.node.nodeid)
     keys = SimpleNamespace(token_bytes=draws.randbytes, token_hex=secrets.token_hex)
     monkeypatch.setattr("fedmed.data.split.secrets", keys)
+
+
+if threading.current_thread() is threading.main_thread():
+    # A shell that starts the tests in the background has them, and all that they start, ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -36,6 +36,8 @@ def _strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(config.settings, "writing_validation_mode", config.RAISE)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        # Of objects of earlier tests that Python happens to free now.
+        warnings.simplefilter("ignore", ResourceWarning)
         yield
 
 
