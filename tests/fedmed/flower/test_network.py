@@ -1,5 +1,6 @@
 """A SuperLink process on loopback: what arrives, who is turned away, and what survives its death."""
 
+import base64
 import os
 import threading
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 
 from fedmed.errors import ConfigError
@@ -22,6 +24,10 @@ from fedmed.flower.server import NetworkGrid
 from fedmed.flower.site_link import SiteLink
 from tests.fedmed.flower.network import Network, new_key, pem_of, write_certificates
 
+# FIPS 186-5, curve P-384.
+P384_ORDER = int(
+    "ffffffffffffffffffffffffffffffffffffffffffffffffc7634d81f4372ddf581a0db248b0a77aecec196accc52973", 16
+)
 Work = Callable[[Message], Message]
 
 
@@ -266,7 +272,18 @@ def test_a_request_that_is_sent_again_is_refused(network: Network, monkeypatch: 
     context = httpx.create_ssl_context(verify=str(network.folder / "ca.pem"))
     with httpx.Client(verify=context) as client:
         again = client.send(requests[0])
-    assert (again.status_code, again.headers["fedmed-reason"]) == (401, "replayed")
+        assert (again.status_code, again.headers["fedmed-reason"]) == (401, "replayed")
+        # The other signature of the same time that anybody can make of the first.
+        name = "flwr-signature"
+        first, second = decode_dss_signature(base64.b64decode(requests[0].headers[name]))
+        other = base64.b64encode(encode_dss_signature(first, P384_ORDER - second)).decode()
+        requests[0].headers[name] = other
+        again = client.send(requests[0])
+        assert (again.status_code, again.headers["fedmed-reason"]) == (401, "replayed")
+        # Two of one header, of which two readers may take different ones.
+        twice = [*requests[0].headers.multi_items(), (name, "AAAA")]
+        again = client.post(requests[0].url, headers=twice, content=requests[0].content)
+        assert again.status_code == 400
     assert "refused a site: replayed" in network.log
     link.close()
 
