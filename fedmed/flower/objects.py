@@ -4,7 +4,6 @@ import gc
 import json
 import math
 import secrets
-import time
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 
@@ -33,7 +32,7 @@ from fedmed.records import array_bytes, from_bytes, to_bytes
 PACKED = "packed"
 # Each object costs requests. Below this size a content travels within its message, as one value.
 SMALL = 1_000_000
-# While the other end still uploads, an object is asked for this many seconds.
+# While the other end still uploads, the next object is asked for this many seconds.
 PATIENCE = 60.0
 
 Push = Callable[[str, bytes], None]
@@ -88,20 +87,27 @@ class Budget:
 
 
 def received(
-    proto: ProtoMessage, tree: ObjectTree, pull: Callable[[str], bytes], *, most: float = math.inf
+    proto: ProtoMessage,
+    tree: ObjectTree,
+    pull: Callable[[str], bytes],
+    *,
+    most: float = math.inf,
+    patience: float = PATIENCE,
 ) -> tuple[Message, bool]:
     """A message that was announced, and whether objects of it were fetched.
 
     Args:
         pull: an object's bytes; raises `ObjectUnavailableError` while it is still on its way.
         most: bytes that its arrays may have.
+        patience: seconds to wait for each part.
 
     Raises:
         LinkError: it is damaged, or a part of it is missing.
     """
     message = message_from_proto(proto)
     if not message.has_content() or PACKED not in message.content:
-        return fetch(tree, pull, most=most), True
+        # Each byte is counted as it is fetched, and once more in its array.
+        return _fetched(tree, pull, Budget(2 * most + SMALL), patience), True
     try:
         content = from_bytes(bytes(message.content.config_records[PACKED]["content"]))
     # Whatever the other end sends, parsers may raise anything.
@@ -110,15 +116,9 @@ def received(
     return make_message(metadata=message.metadata, content=content), False
 
 
-def fetch(tree: ObjectTree, pull: Callable[[str], bytes], *, most: float = math.inf) -> Message:
-    """The message at the root of a tree of objects; `pull` and `most` are those of `received`.
-
-    Raises:
-        LinkError: an object is missing or damaged, or there is more of it than there may be.
-    """
+def _fetched(tree: ObjectTree, pull: Callable[[str], bytes], budget: Budget, patience: float) -> Message:
     try:
-        # Each byte is counted as it is fetched, and once more in its array.
-        message = _inflated(tree, pull, time.monotonic() + PATIENCE, Budget(2 * most + SMALL))
+        message = _inflated(tree, pull, budget, patience)
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise LinkError(f"a message is damaged ({type(error).__name__})") from None
     if not isinstance(message, Message):
@@ -127,10 +127,23 @@ def fetch(tree: ObjectTree, pull: Callable[[str], bytes], *, most: float = math.
     return message
 
 
-def _inflated(tree: ObjectTree, pull: Callable[[str], bytes], end: float, budget: Budget) -> InflatableObject:
+def is_there(proto: ProtoMessage, tree: ObjectTree, pull: Callable[[str], bytes]) -> bool:
+    """Whether a message that was announced has arrived: its objects are sent in order, and the root is the last."""
+    if proto.content.items:
+        return True
+    try:
+        pull(tree.object_id)
+    except ObjectUnavailableError:
+        return False
+    return True
+
+
+def _inflated(
+    tree: ObjectTree, pull: Callable[[str], bytes], budget: Budget, patience: float
+) -> InflatableObject:
     # The parts first and each of them whole, so that only one array exists twice at a time.
-    children = {child.object_id: _inflated(child, pull, end, budget) for child in tree.children}
-    for _ in attempts(max(0.0, end - time.monotonic())):
+    children = {child.object_id: _inflated(child, pull, budget, patience) for child in tree.children}
+    for _ in attempts(patience):
         try:
             content = pull(tree.object_id)
             _forget_exchanges()

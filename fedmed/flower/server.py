@@ -3,12 +3,14 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID, SubStatus
 from flwr.common.serde import user_config_from_proto
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
+from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
@@ -32,7 +34,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedmed.flower.gate import HOLD_HEADER
 from fedmed.flower.line import Headers, Line, LinkDown
-from fedmed.flower.objects import SMALL, Parcel, failed, received
+from fedmed.flower.objects import SMALL, Parcel, failed, is_there, received
 from fedmed.records import array_bytes
 
 log = logging.getLogger("fedmed.coordinator")
@@ -41,6 +43,8 @@ log = logging.getLogger("fedmed.coordinator")
 PATIENCE = 120.0
 # How many small messages are sent in one request.
 AT_ONCE = 16
+# While a large reply is on its way, whether it and others have come is asked every so many seconds.
+LOOK_AGAIN = 0.5
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 
 
@@ -115,6 +119,15 @@ class Task:
         self._line.close()
 
 
+@dataclass(frozen=True)
+class _Announced:
+    """A reply whose objects may still be on their way, and what it answers."""
+
+    proto: ProtoMessage
+    tree: ObjectTree
+    sent: Message
+
+
 class NetworkGrid(Grid):
     """The Grid of a run over a SuperLink: replies are taken in one at a time, as they come.
 
@@ -148,8 +161,18 @@ class NetworkGrid(Grid):
         """
         end = time.monotonic() + (timeout or 3e9)
         waits = self._push(messages, timeout)
-        while waits and (left := end - time.monotonic()) > 0:
-            yield from self._arrived(waits, hold=min(20.0, left))
+        coming: list[_Announced] = []
+        while (waits or coming) and (left := end - time.monotonic()) > 0:
+            # Whoever still uploads a large reply holds up nobody whose reply is there.
+            hold = min(LOOK_AGAIN if coming else 20.0, left)
+            if waits:
+                coming += self._announced(waits, hold=hold)
+            else:
+                time.sleep(hold)
+            for announced in [one for one in coming if self._is_there(one)]:
+                coming.remove(announced)
+                # Whatever was sent before its root is there too.
+                yield self._reply(announced, patience=0.0)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -188,24 +211,40 @@ class NetworkGrid(Grid):
         for parcel in parcels:
             parcel.send(set(answer.objects_to_push), send)
 
-    def _arrived(self, waits: dict[str, Message], *, hold: float) -> Iterator[Message]:
-        """The replies that are there, once there are any; what they answer is taken out of `waits`."""
+    def _announced(self, waits: dict[str, Message], *, hold: float) -> "list[_Announced]":
+        """The replies that were announced, once there are any; what they answer is taken out of `waits`."""
         self._hold.values[HOLD_HEADER] = f"{hold:.3f}"
         answer = self._poll.call("PullMessages", PullAppMessagesRequest(message_ids=waits), patience=PATIENCE)
-        for proto, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
-            sent = waits.pop(proto.metadata.reply_to_message_id, None)
-            if sent is not None:
-                yield self._reply(proto, tree, sent)
+        found = zip(answer.messages_list, answer.message_object_trees, strict=True)
+        return [
+            _Announced(proto, tree, sent)
+            for proto, tree in found
+            if (sent := waits.pop(proto.metadata.reply_to_message_id, None)) is not None
+        ]
 
-    def _reply(self, proto: Any, tree: Any, sent: Message) -> Message:
+    def _pull(self, key: str) -> bytes:
+        """An object's bytes; raises Flower's `ObjectUnavailableError` while it is still on its way."""
+
         def request(what: Any) -> Any:
             return self._line.call("PullObject", what, patience=PATIENCE)
 
+        return make_pull_object_fn_protobuf(request, self._node, self._run.run_id)(key)
+
+    def _is_there(self, announced: "_Announced") -> bool:
         try:
-            pull = make_pull_object_fn_protobuf(request, self._node, self._run.run_id)
+            return is_there(announced.proto, announced.tree, self._pull)
+        except LinkDown:
+            raise
+        except Exception:
+            # `_reply` says so.
+            return True
+
+    def _reply(self, announced: "_Announced", patience: float) -> Message:
+        sent, tree = announced.sent, announced.tree
+        try:
             # An answer holds no more than what was asked about, or what stands in a message of its own.
             most = array_bytes(sent.content) + SMALL
-            reply, fetched = received(proto, tree, pull, most=most)
+            reply, fetched = received(announced.proto, tree, self._pull, most=most, patience=patience)
             if fetched:
                 done = ConfirmMessageReceivedRequest(
                     node=self._node, run_id=self._run.run_id, message_object_id=tree.object_id
@@ -246,10 +285,10 @@ class NetworkGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         waits = {key: self._pushed[key] for key in message_ids if key in self._pushed}
-        arrived = list(self._arrived(waits, hold=0.0)) if waits else []
-        for reply in arrived:
-            del self._pushed[reply.metadata.reply_to_message_id]
-        return arrived
+        announced = self._announced(waits, hold=0.0) if waits else []
+        for one in announced:
+            del self._pushed[one.sent.metadata.message_id]
+        return [self._reply(one, patience=PATIENCE) for one in announced]
 
     def close(self) -> None:
         """Hang up."""

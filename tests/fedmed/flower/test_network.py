@@ -5,7 +5,7 @@ import os
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -142,6 +142,81 @@ def test_replies_are_yielded_as_they_come(network: Network) -> None:
         released.set()
         assert next(replies).metadata.src_node_id == grid.sites()["slow"]
         assert list(replies) == []
+    task.finish(ok=True, details="")
+
+
+def test_who_still_uploads_holds_up_nobody(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick, slow = network.site("uploaded"), network.site("uploading")
+    task = network.task()
+    task.begin()
+    grid = network.grid(task)
+    site, announced, released = threading.local(), threading.Event(), threading.Event()
+
+    class Held(objects.Parcel):
+        def send(self, lacking: Container[str], push: objects.Push) -> None:
+            if getattr(site, "slow", False):
+                announced.set()
+                assert released.wait(60)
+            super().send(lacking, push)
+
+    def holds(message: Message) -> Message:
+        site.slow = True
+        return Message(content(200_000, seed=7), reply_to=message)
+
+    def after_it(message: Message) -> Message:
+        assert announced.wait(60)
+        # Flower asks for no object again that another has announced.
+        return Message(content(200_000, seed=5), reply_to=message)
+
+    monkeypatch.setattr(site_link, "Parcel", Held)
+    with working(slow, holds), working(quick, after_it):
+        messages = sent(grid, ["uploading"], content(200_000)) + sent(grid, ["uploaded"], content(200_000))
+        replies = grid.gather(messages, timeout=60)
+        assert next(replies).metadata.src_node_id == grid.sites()["uploaded"]
+        released.set()
+        last = next(replies)
+        assert last.metadata.src_node_id == grid.sites()["uploading"]
+        assert last.content == content(200_000, seed=7)
+        assert list(replies) == []
+    task.finish(ok=True, details="")
+
+
+@pytest.mark.parametrize("lost", ["root", "chunk"])
+def test_a_reply_that_lacks_a_part_holds_up_nobody(
+    lost: str, network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, lacking = network.site(f"whole-{lost}"), network.site(f"lacking-{lost}")
+    task = network.task()
+    task.begin()
+    grid = network.grid(task)
+    site, announced = threading.local(), threading.Event()
+
+    class Lacking(objects.Parcel):
+        def send(self, lacking: Container[str], push: objects.Push) -> None:
+            if getattr(site, "lacks", False):
+                del self.objects[list(self.objects)[-1 if lost == "root" else 0]]
+            super().send(lacking, push)
+            announced.set()
+
+    def lacks(message: Message) -> Message:
+        site.lacks = True
+        # What another test has sent is still there.
+        return Message(content(200_000, seed=20 if lost == "root" else 30), reply_to=message)
+
+    def after_it(message: Message) -> Message:
+        assert announced.wait(60)
+        return Message(content(200_000, seed=5), reply_to=message)
+
+    monkeypatch.setattr(site_link, "Parcel", Lacking)
+    with working(lacking, lacks), working(whole, after_it):
+        names = [f"lacking-{lost}", f"whole-{lost}"]
+        began = time.monotonic()
+        replies = list(grid.gather(sent(grid, names, content(200_000)), timeout=10))
+    assert time.monotonic() - began < 40
+    good = [reply for reply in replies if reply.has_content()]
+    assert [reply.content for reply in good] == [content(200_000, seed=5)]
+    # Without its root nobody knows whether it is still on its way.
+    assert [reply.error.reason for reply in replies if reply.has_error()] == ["unreadable"] * (lost != "root")
     task.finish(ok=True, details="")
 
 
