@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import threading
 import traceback
 import tracemalloc
 from collections import OrderedDict
@@ -29,7 +28,7 @@ from strategies.rounds import Loop
 from strategies.sites import Sites
 from tests.conftest import count
 from tests.evidence import FULL, figure
-from tests.fedmed.flower.network import Network, new_key, pem_of, write_key
+from tests.fedmed.flower.network import Network, beating, new_key, pem_of, write_key
 from tests.strategies.apps import client_app, run_config
 
 # As many sites, and bytes of each of their updates, as a full run has; a quick one shows the same with less.
@@ -202,14 +201,8 @@ def test_so_it_is_over_a_real_network(tmp_path: Path) -> None:
         task = network.task()
         task.begin()
         config = run_config("rounds=1", "federation=consortium", "federation.timeout=600", names=NAMES)
-        ended = threading.Event()
-        beating = threading.Thread(target=beat, args=(task, ended))
-        beating.start()
-        try:
+        with beating(task):
             peak = in_child(lambda: over_network(config, network, task, tmp_path / "replies"))
-        finally:
-            ended.set()
-            beating.join()
     finally:
         sites.kill()
         sites.communicate()
@@ -220,12 +213,6 @@ def test_so_it_is_over_a_real_network(tmp_path: Path) -> None:
     )
     # Small ones fit into what was freed before.
     assert (1.5 * PAYLOAD if FULL else 0) < peak <= 3 * PAYLOAD + ROOM
-
-
-def beat(task: Task, ended: threading.Event) -> None:
-    """What the coordinator's executor does while a run goes on."""
-    while not ended.wait(5):
-        task.heartbeat()
 
 
 def over_network(config: RunConfig, network: Network, task: Task, spool: Path) -> int:

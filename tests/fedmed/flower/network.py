@@ -7,7 +7,10 @@ import secrets
 import socket
 import ssl
 import subprocess
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -184,3 +187,21 @@ class Network:
 
     def grid(self, task: Task) -> NetworkGrid:
         return NetworkGrid(self.address, ca=self.ca, secret=self.secret, token=task.token, run=task.run)
+
+
+@contextmanager
+def beating(task: Task) -> Iterator[None]:
+    """Says that a run goes on, as its process does: Flower gives up one that is silent for a minute."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(10):
+            task.heartbeat()
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
