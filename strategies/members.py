@@ -1,5 +1,6 @@
 """Who takes part in a round: everyone from the first to the last, or who is there."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -7,6 +8,8 @@ from typing import Protocol
 from fedmed.privacy.plan import PrivacyPlan
 from fedmed.records import Quote
 from strategies.sites import Question
+
+log = logging.getLogger("fedmed.coordinator")
 
 
 class Members(Protocol):
@@ -61,17 +64,23 @@ class Spent:
 
     Attributes:
         most: what a site's ledger promised the run: more it does not charge. Empty where there are no ledgers.
+        answered: rounds in which a site's update was used: it was drawn, whatever the site says of it.
     """
 
     rounds: dict[str, int] = field(default_factory=dict)
     most: Mapping[str, int] = field(default_factory=dict)
+    answered: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def by_ledgers(
-        cls, before: Mapping[str, int], sent: Sequence[Sequence[str]], plans: Mapping[str, PrivacyPlan]
+        cls,
+        before: Mapping[str, int],
+        sent: Sequence[Sequence[str]],
+        plans: Mapping[str, PrivacyPlan],
+        answered: Mapping[str, int],
     ) -> "Spent":
         """After the last finished round, and rounds that were then sent to some sites and never finished."""
-        spent = cls(dict(before), {site: plan.rounds for site, plan in plans.items()})
+        spent = cls(dict(before), {site: plan.rounds for site, plan in plans.items()}, dict(answered))
         for sites in sent:
             spent.sent(sites)
         return spent
@@ -83,8 +92,19 @@ class Spent:
             self.rounds[site] = min(rounds, self.most.get(site, rounds))
 
     def drawn(self, site: str, rounds: int) -> None:
-        """Take a site's word for what its own ledger was charged."""
-        self.rounds[site] = rounds
+        """Take a site's word for what its own ledger was charged, where that can be."""
+        known = self.answered.get(site, 0)
+        self.rounds[site] = max(known, min(rounds, self.most.get(site, rounds)))
+        if self.rounds[site] != rounds:
+            log.warning(
+                "'%s' says that its ledger was charged for %d rounds of this run; it has answered %d and promised %d",
+                site, rounds, known, self.most.get(site, known),
+            )  # fmt: skip
+
+    def used(self, site: str) -> None:
+        """Count a round in which the site's update was used."""
+        self.answered[site] = self.answered.get(site, 0) + 1
+        self.rounds[site] = max(self.rounds.get(site, 0), self.answered[site])
 
     def used_up(self, site: str) -> bool:
         """Whether the site's ledger has nothing left for the run."""

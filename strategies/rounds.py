@@ -82,6 +82,8 @@ class Loop:
         replies = Replies(self._checks(number, progress), spool)
         if not self._collect(replies, content, members, present):
             return False
+        for site in replies.good:
+            self.spent.used(site)
         # What is held here alone goes as soon as the strategy has replaced it.
         progress.state = {}
         progress.arrays = strategy.aggregate(progress.arrays, replies.updates())

@@ -5,6 +5,7 @@ import secrets
 import shlex
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,8 @@ def _train(
     if config.federation.ledgers:
         before = (progress.history[-1].get("spent") if progress.history else None) or {}
         promised = plans if config.privacy.kind == "dp" else {}
-        spent = Spent.by_ledgers(before, folder.sent_after(progress.round), promised)
+        answered = Counter(site for entry in progress.history for site in entry["sites"])
+        spent = Spent.by_ledgers(before, folder.sent_after(progress.round), promised, answered)
     else:
         # Asked again, a site without a ledger trains again: what it has answered is not used beside that.
         shutil.rmtree(replies, ignore_errors=True)

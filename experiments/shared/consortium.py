@@ -53,6 +53,7 @@ class Consortium:
         inside: words before every command's line, e.g. of a network namespace.
         command: does what a command line does, and gives its code and what it said; None: in a process of its own.
         prefix: words before a process's command line, by site's name or "coordinator", e.g. to run it elsewhere.
+        mlflow_port: of the coordinator's MLflow; None: it has none.
     """
 
     folder: Path
@@ -64,6 +65,7 @@ class Consortium:
     prefix: dict[str, list[str]] = field(default_factory=dict)
     inside: list[str] = field(default_factory=list)
     command: Command | None = None
+    mlflow_port: int | None = None
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
@@ -93,7 +95,8 @@ class Consortium:
             "--port",
             str(self.port),
         )
-        self._set(self.home / "coordinator.yaml", {"mlflow": "false", "listen": f'"{self.host}"'})
+        mlflow = {"mlflow": "false"} if self.mlflow_port is None else {"mlflow_port": str(self.mlflow_port)}
+        self._set(self.home / "coordinator.yaml", mlflow | {"listen": f'"{self.host}"'})
         for name in self.names:
             where = f"{SITES}/{name}"
             address = f"{self.host}:{self.port}"

@@ -8,12 +8,15 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
+from mlflow import MlflowClient
 
-from experiments.shared.consortium import COORDINATOR, Consortium
-from tests.consortium.runs import NAMES, agree, began, children, ended, in_a_fork, rounds_sent
+from experiments.shared.consortium import COORDINATOR, Consortium, free_port
+from strategies.coordinator.snapshot import answers
+from tests.consortium.runs import NAMES, RUN, agree, began, children, ended, in_a_fork, rounds_sent
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -109,3 +112,35 @@ def test_a_stopped_run_stays_stopped_and_can_be_resumed(consortium: Consortium) 
     assert not ended(consortium, "resumed")
     consortium.do("runs", "resume", folder.name, "--coordinator", COORDINATOR)
     assert len(agree(consortium, "resumed")) == 12
+
+
+def test_an_mlflow_that_is_killed_again_and_again_gets_every_figure(tmp_path: Path) -> None:
+    made = Consortium(tmp_path / "c", NAMES, command=in_a_fork, mlflow_port=free_port())
+    made.make()
+    uri = f"http://127.0.0.1:{made.mlflow_port}"
+    try:
+        made.start()
+        made.wait(lambda: answers(uri), timeout=120)
+        settings = [word for word in RUN if not word.startswith("tracking")]
+        made.launch(*settings, "rounds=12", name="tracked")
+        for sent in (1, 4, 8):
+            made.wait(lambda sent=sent: rounds_sent(made, "tracked") >= sent, timeout=180)
+            for process in children(made, "mlflow"):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        assert len(agree(made, "tracked")) == 12
+        # Started again by the coordinator, which then sends what was kept.
+        made.wait(lambda: answers(uri) and steps(uri, "seconds") == list(range(1, 13)), timeout=180)
+    finally:
+        made.end()
+
+
+def steps(uri: str, metric: str) -> list[int]:
+    """Of a metric in the one run that MLflow has."""
+    client = MlflowClient(uri)
+    experiments = [one.experiment_id for one in client.search_experiments()]
+    return [
+        value.step
+        for run in client.search_runs(experiments)
+        for value in client.get_metric_history(run.info.run_id, metric)
+    ]

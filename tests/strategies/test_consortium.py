@@ -17,9 +17,10 @@ from fedmed.config import RunConfig
 from fedmed.errors import ConfigError, RunError
 from fedmed.flower import InProcessGrid
 from fedmed.privacy.plan import make_plan
-from fedmed.records import Arrays, Instruction, Quote, Receipt, update_record
+from fedmed.records import Arrays, Instruction, Quote, Receipt, head_record, update_record
 from strategies.consortium import Consortium
 from strategies.folder import Progress
+from strategies.members import Spent
 from strategies.rounds import Loop, quorum_of
 from strategies.sites import Sites
 from tests.strategies.apps import NAMES, client_app, mean_of, run_config, start
@@ -329,6 +330,31 @@ def test_who_joins_late_has_spent_less_and_no_figure_says_less_than_was_spent() 
     # What was sent to D and not answered may have been spent.
     assert last["spent"] == {"A": 4, "B": 4, "C": 2, "D": 4}
     assert last["epsilon"] == {site: plan.epsilon(rounds=n) for site, n in last["spent"].items()}
+
+
+def test_a_site_s_word_for_what_it_spent_counts_as_far_as_it_can_be_true(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Whose updates were used has spent them; and nobody spends more than was promised."""
+
+    def says(rounds: int) -> Callable[[Instruction, Receipt, Arrays], RecordDict]:
+        def reply(_: Instruction, good: Receipt, delta: Arrays) -> RecordDict:
+            record = update_record(good, delta)
+            record["ledger"] = head_record("00" * 32, "", rounds)
+            return record
+
+        return reply
+
+    run = Run(Town(client_app({"A": says(0), "B": says(10**9), "C": says(3)})), "rounds=3", *PRIVATE)
+    plans = run.loop.plans
+    run.loop.spent = Spent.by_ledgers({}, [], plans, {})
+    run.begin()
+    spent = [entry["spent"] for entry in run.rounds().history]
+    assert [entry["A"] for entry in spent] == [1, 2, 3]
+    assert [entry["B"] for entry in spent] == [plans["B"].rounds] * 3
+    assert [entry["C"] for entry in spent] == [3, 3, 3]
+    assert [entry["D"] for entry in spent] == [1, 2, 3]
+    assert "'A' says that its ledger was charged for 0 rounds of this run; it has answered 2" in caplog.text
 
 
 HUGE = 1e9

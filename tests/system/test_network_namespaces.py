@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from experiments.shared.consortium import COORDINATOR, Consortium
-from tests.consortium.runs import NAMES, agree, began, rounds_sent
+from tests.consortium.runs import NAMES, agree, began, children, rounds_sent
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -124,6 +124,16 @@ def test_a_killed_site_is_back_for_the_next_round(consortium: Consortium) -> Non
     history = agree(consortium, "site")
     assert len(history) == 12
     assert "Hungary" in history[-1]["sites"]
+
+
+def test_a_killed_superlink_and_a_killed_run_process_are_started_again(consortium: Consortium) -> None:
+    began(consortium, name="servers", rounds=30, until=3)
+    for module in ("fedmed.flower.superlink", "strategies.coordinator.worker"):
+        (process,) = children(consortium, module)
+        process.kill()
+        sent = rounds_sent(consortium, "servers")
+        consortium.wait(lambda sent=sent: rounds_sent(consortium, "servers") >= sent + 3, timeout=120)
+    assert len(agree(consortium, "servers")) == 30
 
 
 def test_without_encryption_only_loopback_is_served(consortium: Consortium, tmp_path: Path) -> None:
