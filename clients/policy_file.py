@@ -1,7 +1,6 @@
 """`site.yaml`: written with every option and what it means, read strictly, with one line for each mistake."""
 
 import json
-import re
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from clients.policy import ModelEntry, Policy
+from fedmed import strict_yaml
 from fedmed.errors import ConfigError, nearest
 
 WIDTH = 100
@@ -41,7 +41,7 @@ def read_policy(path: Path) -> Policy:
         PolicyError: the file cannot be read, is no YAML, or holds an unknown key or a value that may not stand there.
     """
     try:
-        values = _text_keys(yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader))
+        values = _text_keys(strict_yaml.parse(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise PolicyError([f"{path}: cannot be read ({error.strerror})"]) from None
     except UnicodeDecodeError:
@@ -102,36 +102,10 @@ def _comment(text: str, indent: str = "") -> str:
 
 def plain(value: Any) -> str:
     """A value as it stands in site.yaml, on one line."""
-    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10_000, allow_unicode=True)
-    return str(text).removesuffix("...\n").strip()
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a key may stand once only, and 1e-5 is a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                # PyYAML would take the last one without a word.
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key.value}' stands twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what the loader would not read as text."""
-
-
-for _side in (_Loader, _Dumper):
-    # YAML 1.1 wants a dot in the mantissa, and would take 1e-5 for text.
-    _side.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-        list("-+0123456789"),
+    text = yaml.dump(
+        value, Dumper=strict_yaml.Dumper, default_flow_style=True, width=10_000, allow_unicode=True
     )
+    return str(text).removesuffix("...\n").strip()
 
 
 def _text_keys(values: Any) -> Any:

@@ -34,3 +34,12 @@ def write_parts(path: Path, parts: Iterable[bytes | memoryview], *, lasting: boo
 def write_json(path: Path, values: Any) -> None:
     """Write JSON atomically; NaN is refused, since no other program reads it."""
     write_bytes(path, (json.dumps(values, indent=2, allow_nan=False) + "\n").encode())
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder last."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

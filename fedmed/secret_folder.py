@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from fedmed.atomic import sync_folder
 from fedmed.errors import FedmedError
 
 
@@ -38,7 +39,7 @@ def make(path: Path, contents: Mapping[str, bytes], *, error: type[FedmedError])
         os.mkdir(draft, 0o700)
         for name, content in contents.items():
             _write(draft / name, content)
-        _sync(draft)
+        sync_folder(draft)
         if inside:
             # It may be a mount, or the shell's own folder, which a rename could not replace.
             _move_in(draft, path, contents, made)
@@ -46,7 +47,7 @@ def make(path: Path, contents: Mapping[str, bytes], *, error: type[FedmedError])
             # Fails where another process has filled the place meanwhile.
             os.rename(draft, path)
             made.append(path)
-            _sync(path.absolute().parent)
+            sync_folder(path.absolute().parent)
         done = True
     finally:
         if not done:
@@ -86,7 +87,7 @@ def _move_in(draft: Path, path: Path, names: Iterable[str], made: list[Path]) ->
         made.append(path / name)
     # Here and not when all is done: what interrupts it still undoes the rest.
     shutil.rmtree(draft)
-    _sync(path)
+    sync_folder(path)
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -94,12 +95,3 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in a folder last."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
+from fedmed import strict_yaml
 from fedmed.data.table import blank_cells, has_header, numbers_in, read_csv
 from fedmed.errors import DataError, nearest
 from fedmed.task import TableTaskConfig
@@ -152,7 +153,9 @@ def fill(task: TableTaskConfig, *, declared: Collection[str] = ()) -> TableTaskC
 
 def to_yaml(declaration: dict[str, Any]) -> str:
     """The declaration as a file for `task.declaration=FILE`, under a header that tells what to review."""
-    return HEADER + yaml.safe_dump(declaration, sort_keys=False, allow_unicode=True, width=110)
+    return HEADER + yaml.dump(
+        declaration, Dumper=strict_yaml.Dumper, sort_keys=False, allow_unicode=True, width=110
+    )
 
 
 def _role(table: pd.DataFrame, role: str, name: str | None) -> str:

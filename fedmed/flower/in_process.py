@@ -19,9 +19,9 @@ from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.app.error import Error
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
-from flwr.serverapp import Grid, ServerApp
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.serverapp import ServerApp
+
+from fedmed.flower.grid import RunGrid
 
 log = logging.getLogger("fedmed.flower")
 
@@ -60,7 +60,7 @@ def run_in_process(
         grid.close()
 
 
-class InProcessGrid(Grid):
+class InProcessGrid(RunGrid):
     """A Grid whose nodes live here. A node always stays with the same worker, so that what it keeps warm stays."""
 
     def __init__(
@@ -68,9 +68,7 @@ class InProcessGrid(Grid):
     ) -> None:
         configs = [{}] * nodes if isinstance(nodes, int) else nodes
         self._app = client_app
-        self._run = Run.create_empty(run_id=1)
-        # A Message reads its run and source from this process-wide identity.
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, SUPERLINK_NODE_ID
+        super().__init__(1)
         self._contexts = {
             index + 2: Context(
                 run_id=1,
@@ -92,23 +90,6 @@ class InProcessGrid(Grid):
             for _ in range(self._requested):
                 earlier = [worker.connection for worker in self._workers]
                 self._workers.append(_Worker(self._app, self._contexts, earlier))
-
-    def set_run(self, run: Run) -> None:
-        self._run = run
-
-    @property
-    def run(self) -> Run:
-        return self._run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self._contexts)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.common.constant import SUPERLINK_NODE_ID, SubStatus
 from flwr.common.serde import user_config_from_proto
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
@@ -21,18 +21,16 @@ from flwr.proto.runtime_pb2 import (
     PushTaskOutputRequest,
     SendTaskHeartbeatRequest,
 )
-from flwr.serverapp import Grid
 from flwr.supercore.constant import NodeStatus, TaskType
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_pull_object_fn_protobuf,
     make_push_object_fn_protobuf,
 )
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, SuperExecAuthHttpInterceptor
-from flwr.supercore.run import Run
 from flwr.supercore.runtime import RuntimeHttpClient
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedmed.flower.gate import HOLD_HEADER
+from fedmed.flower.grid import RunGrid
 from fedmed.flower.line import Headers, Line, LinkDown
 from fedmed.flower.objects import SMALL, Parcel, failed, is_there, received
 from fedmed.records import array_bytes
@@ -128,7 +126,7 @@ class _Announced:
     sent: Message
 
 
-class NetworkGrid(Grid):
+class NetworkGrid(RunGrid):
     """The Grid of a run over a SuperLink: replies are taken in one at a time, as they come.
 
     Args:
@@ -140,11 +138,9 @@ class NetworkGrid(Grid):
         self._line = _runtime(address, ca, secret, token)
         self._hold = Headers(**{HOLD_HEADER: "20"})
         self._poll = _runtime(address, ca, secret, token, self._hold)
-        self._run = Run.create_empty(run_id=run)
+        super().__init__(run)
         self._node = Node(node_id=SUPERLINK_NODE_ID)
         self._pushed: dict[str, Message] = {}
-        # A Message reads its run and source from this process-wide identity.
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run, SUPERLINK_NODE_ID
 
     def sites(self) -> dict[str, int]:
         """The admitted sites that are online, by the names that they were admitted under."""
@@ -257,23 +253,6 @@ class NetworkGrid(Grid):
         except Exception as error:
             log.warning("a reply could not be read (%s)", type(error).__name__)
             return failed(sent, "unreadable")
-
-    def set_run(self, run: Run) -> None:
-        self._run = run
-
-    @property
-    def run(self) -> Run:
-        return self._run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.sites().values())

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fedmed.atomic import write_json
+from fedmed.atomic import sync_folder, write_json
 from fedmed.data.split import fedmed_home
 from fedmed.errors import ConfigError, ModelError, require
 from fedmed.pretrained import COMMIT, DIGEST, HUB_ID
@@ -264,15 +264,15 @@ def install(draft: Path, pin: Pin, *, replace: bool = False) -> None:
         ModelError: see `check_replaces`.
     """
     for path in draft.iterdir():
-        _sync(path)
-    _sync(draft)
+        sync_folder(path)
+    sync_folder(draft)
     with _lock(), drafting(0) as grave:
         check_replaces(pin, replace=replace)
         before = _find_or_none(pin.hub)
         if pin.folder.exists():
             os.rename(pin.folder, grave / "old")
         os.rename(draft, pin.folder)
-        _sync(models_folder())
+        sync_folder(models_folder())
         write_json(_pin_file(pin.hub), to_dict(pin))
         if before is not None and before.folder != pin.folder:
             shutil.rmtree(before.folder, ignore_errors=True)
@@ -290,11 +290,3 @@ def _find_or_none(hub: str) -> Pin | None:
     with contextlib.suppress(ModelError):
         return find(hub)
     return None
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
