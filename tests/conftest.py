@@ -28,6 +28,8 @@ from tests.commands import same_key
 from tests.evidence import count as count
 
 PROJECT = Path(__file__).parent.parent / "pyproject.toml"
+# What `make test-full` runs, one after the other: what is named on the command line, and in the summary's file.
+PARTS = {(): "", ("tests/long",): "-long", ("tests/system",): "-system"}
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -63,16 +65,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Write the summary of a full run; of a few tests of it, none."""
+    """Write the summary of each part of `make test-full`; of a few tests of it, none."""
     options = terminalreporter.config.option
-    if evidence.FULL and not options.file_or_dir and not options.keyword:
+    part = PARTS.get(tuple(options.file_or_dir))
+    if evidence.FULL and part is not None and not options.keyword:
         stats = terminalreporter.stats
         outcomes = {
             name: len(stats.get(name, []))
             for name in ("passed", "failed", "error", "skipped", "xfailed")
             if stats.get(name)
         }
-        terminalreporter.write_line(f"summary: {evidence.write(outcomes)}")
+        terminalreporter.write_line(f"summary: {evidence.write(outcomes, part)}")
 
 
 @pytest.fixture(scope="session", autouse=True)

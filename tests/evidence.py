@@ -55,8 +55,8 @@ def merge(other: dict[str, dict[str, list[str]]]) -> None:
     _figures.update({name: value for name, (value,) in other["figures"].items()})
 
 
-def write(outcomes: dict[str, int]) -> Path:
-    """The summary of a full run as docs/evidence/<date>-<commit>.md.
+def write(outcomes: dict[str, int], part: str) -> Path:
+    """The summary of a part of a full run as docs/evidence/<date>-<commit><part>.md.
 
     Args:
         outcomes: number of tests by outcome.
@@ -72,8 +72,9 @@ def write(outcomes: dict[str, int]) -> Path:
     lines = [
         f"# Tests at full counts, commit {commit}{changed}",
         "",
-        f"`make test-full`, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {(time.monotonic() - _began) / 60:.1f} minutes, "
-        f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}.",
+        f"`make test-full`{part and f', {part[1:]} tests'}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, "
+        f"{(time.monotonic() - _began) / 60:.1f} minutes, {os.cpu_count()} cores, {platform.machine()}, "
+        f"Python {platform.python_version()}.",
         "",
         ", ".join(f"{number:,} {name}" for name, number in sorted(outcomes.items())) + ".",
         "",
@@ -86,6 +87,6 @@ def write(outcomes: dict[str, int]) -> Path:
         *(f"| `{name}` | {value} |" for name, value in sorted(_figures.items())),
         "",
     ]
-    path = FOLDER / f"{datetime.now(UTC):%Y-%m-%d}-{commit}.md"
+    path = FOLDER / f"{datetime.now(UTC):%Y-%m-%d}-{commit}{part}.md"
     path.write_text("\n".join(lines))
     return path
