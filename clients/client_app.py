@@ -9,7 +9,8 @@ from clients.guard import Desk, Guard, NoGuard
 from clients.opened import open_guard
 from clients.pause import Paused
 from fedmed.errors import ConfigError
-from fedmed.flower import constant_failure, refused
+from fedmed.flower.in_process import constant_failure
+from fedmed.flower.node import refused
 from fedmed.privacy.release import Code
 from fedmed.records import Instruction, read_instruction
 

@@ -20,9 +20,9 @@ from clients.asked import shown
 from clients.bundle import misfit
 from clients.health import Health
 from fedmed.errors import FedmedError, internal
-from fedmed.flower import answered, refused
 from fedmed.flower.bundle import Bundle
 from fedmed.flower.line import LinkDown, LinkError, LinkRefused
+from fedmed.flower.node import answered, refused
 from fedmed.flower.site_link import Request
 from fedmed.privacy.release import Code
 

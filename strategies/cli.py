@@ -276,7 +276,7 @@ def _run_local(config: "RunConfig", overrides: list[str]) -> None:
     # Read when torch is imported: one thread a process, or the processes fight over the cores.
     os.environ["OMP_NUM_THREADS"] = "1"
     print("loading torch …", file=sys.stderr, flush=True)
-    from fedmed.flower import load_object, run_in_process
+    from fedmed.flower.in_process import load_object, run_in_process
     from strategies.server_app import app
 
     sites = list(config.task.declared_sizes)

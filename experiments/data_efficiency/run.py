@@ -49,7 +49,7 @@ from experiments.shared.rows import Row, commit_mark, read_rows, write_rows
 from fedmed.compose import compose
 from fedmed.config import RunConfig
 from fedmed.data.readers import read_site
-from fedmed.flower import InProcessGrid
+from fedmed.flower.in_process import InProcessGrid
 from fedmed.metrics import ScoreCounts
 from fedmed.models.build import build
 from fedmed.training import LocalData, logits

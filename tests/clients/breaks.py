@@ -16,7 +16,7 @@ import clients.guard
 import clients.opened
 import clients.site
 import fedmed.data.table
-import fedmed.flower
+import fedmed.flower.in_process
 import fedmed.privacy.chain
 import fedmed.privacy.dpsgd
 import fedmed.privacy.histogram

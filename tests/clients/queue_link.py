@@ -9,8 +9,8 @@ from flwr.app import Message, MessageType
 from clients.client_app import app
 from clients.daemon import Daemon
 from clients.health import Health
-from fedmed.flower import InProcessGrid
 from fedmed.flower.bundle import Bundle, installed
+from fedmed.flower.in_process import InProcessGrid
 from fedmed.flower.site_link import Request
 from fedmed.records import Arrays, Instruction, instruction_record
 

@@ -17,7 +17,7 @@ from clients.folder import LEDGER, POLICY, SiteFolder
 from clients.policy import Policy
 from clients.policy_file import render
 from fedmed.compose import compose
-from fedmed.flower import InProcessGrid
+from fedmed.flower.in_process import InProcessGrid
 from fedmed.models.build import build
 from fedmed.privacy.account import Account
 from fedmed.privacy.ledger import Ledger

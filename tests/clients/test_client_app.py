@@ -15,7 +15,7 @@ from fedmed.compose import compose
 from fedmed.config import RunConfig
 from fedmed.data.split import hash_split, site_key
 from fedmed.errors import ConfigError
-from fedmed.flower import InProcessGrid
+from fedmed.flower.in_process import InProcessGrid
 from fedmed.models.build import build
 from fedmed.privacy.histogram import HistogramPlan, metrics_plans
 from fedmed.privacy.plan import PrivacyPlan, make_plan

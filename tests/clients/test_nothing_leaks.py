@@ -19,7 +19,7 @@ import clients.client_app
 import clients.guard
 import clients.site
 import fedmed.data.table
-import fedmed.flower
+import fedmed.flower.in_process
 import fedmed.privacy.chain
 import fedmed.privacy.dpsgd
 import fedmed.privacy.histogram
@@ -31,7 +31,7 @@ from clients.folder import KEY
 from fedmed.cli.main import main
 from fedmed.config import OPTIONS
 from fedmed.data.table import read_site
-from fedmed.flower import InProcessGrid
+from fedmed.flower.in_process import InProcessGrid
 from fedmed.records import to_bytes
 from tests.clients.breaks import BAD_DATA, KEPT, KINDS, NO_DATA, ODD_DATA, PLACES, REFUSED, SAID, Panic, Stage
 from tests.clients.planted import MARK, PLANTERS, Planted, all_bytes, leaks, table

@@ -18,7 +18,7 @@ from clients.client_app import app as client_app
 from fedmed.atomic import write_json
 from fedmed.config import TrackingConfig
 from fedmed.errors import ConfigError, RunError
-from fedmed.flower import run_in_process
+from fedmed.flower.in_process import run_in_process
 from fedmed.schema import to_dict
 from fedmed.tracking import MlflowTracker, NoTracker, check, kept, make_tracker, send_kept
 from strategies.folder import RunFolder

@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 
 from fedmed.compose import compose
 from fedmed.config import RunConfig
-from fedmed.flower import InProcessGrid
+from fedmed.flower.in_process import InProcessGrid
 from fedmed.metrics import ScoreCounts
 from fedmed.privacy.plan import make_plan
 from fedmed.records import (

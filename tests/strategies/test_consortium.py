@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 import strategies.consortium
 from fedmed.config import RunConfig
 from fedmed.errors import ConfigError, RunError
-from fedmed.flower import InProcessGrid
+from fedmed.flower.in_process import InProcessGrid
 from fedmed.privacy.plan import make_plan
 from fedmed.records import Arrays, Instruction, Quote, Receipt, head_record, update_record
 from strategies.consortium import Consortium

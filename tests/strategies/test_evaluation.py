@@ -31,7 +31,7 @@ def private_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def again(folder: Path, *overrides: str) -> None:
     """What `fedmed run resume=…` does."""
     from clients.client_app import app as client_app
-    from fedmed.flower import run_in_process
+    from fedmed.flower.in_process import run_in_process
     from strategies.server_app import app as server_app
 
     texts = " ".join([f"resume={folder}", *overrides])

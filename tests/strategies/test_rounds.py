@@ -19,7 +19,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from fedmed.errors import ConfigError, RunError
-from fedmed.flower import InProcessGrid
+from fedmed.flower.in_process import InProcessGrid
 from fedmed.metrics import CELLS, ScoreCounts
 from fedmed.privacy.plan import make_plan
 from fedmed.records import Arrays, Instruction, Receipt, read_update, scores_record, update_record

@@ -14,7 +14,7 @@ import strategies.launch
 import strategies.run
 from clients.client_app import app as client_app
 from fedmed.errors import ConfigError, RunError
-from fedmed.flower import run_in_process
+from fedmed.flower.in_process import run_in_process
 from fedmed.privacy.plan import PrivacyPlan
 from strategies.folder import RunFolder
 from strategies.rounds import Loop

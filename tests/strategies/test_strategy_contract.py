@@ -16,7 +16,7 @@ from flwr.serverapp import strategy as flower
 import configs
 from fedmed.compose import compose
 from fedmed.config import StrategyConfig
-from fedmed.flower import InProcessGrid
+from fedmed.flower.in_process import InProcessGrid
 from strategies import STRATEGIES, Strategy, Update, build
 from strategies.base import Arrays
 from strategies.folder import Progress, RunFolder

@@ -18,7 +18,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from clients.client_app import app as client_app
-from fedmed.flower import InProcessGrid, load_object, run_in_process
+from fedmed.flower.in_process import InProcessGrid, load_object, run_in_process
 from tests.evidence import figure
 from tests.timing import PATIENCE
 
