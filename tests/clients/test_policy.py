@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -123,16 +123,21 @@ def without(site: str, where: str) -> Instruction:
     return dataclasses.replace(honest, task=dataclasses.replace(honest.task, declared_sizes=sizes))
 
 
-PLANS: dict[str, Instruction] = {
-    "less noise": tampered(noise_multiplier=0.5), "almost no noise": tampered(noise_multiplier=0.01),
-    "no noise": tampered(noise_multiplier=0.0), "larger": tampered(declared_size=900),
-    "more rounds": tampered(rounds=40), "not there": without(SITE, "plans"), "no size": without(SITE, "sizes"),
-}  # fmt: skip
+# Made when they are asked for: not in each process that collects the tests.
+PLANS: dict[str, Callable[[], Instruction]] = {
+    "less noise": lambda: tampered(noise_multiplier=0.5),
+    "almost no noise": lambda: tampered(noise_multiplier=0.01),
+    "no noise": lambda: tampered(noise_multiplier=0.0),
+    "larger": lambda: tampered(declared_size=900),
+    "more rounds": lambda: tampered(rounds=40),
+    "not there": lambda: without(SITE, "plans"),
+    "no size": lambda: without(SITE, "sizes"),
+}
 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_a_plan_that_is_not_the_declared_one_is_a_refusal_too(name: str) -> None:
-    refused = refusal(policy(), PLANS[name])
+    refused = refusal(policy(), PLANS[name]())
     assert refused.rule is Rule.PLAN
     assert refused.asked
     assert refused.allowed
@@ -142,7 +147,8 @@ def refusals() -> Iterator[Refusal]:
     for _, changes, overrides, *_ in CASES:
         yield refusal(policy(**changes), asked(*overrides))
     yield refusal(policy(), asked(*SHUFFLED))
-    for instruction in PLANS.values():
+    for made in PLANS.values():
+        instruction = made()
         yield refusal(policy(), instruction)
     for metric in ("held_out", "training"):
         with pytest.raises(Refusal) as refused:
