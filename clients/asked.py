@@ -47,7 +47,8 @@ def run_epsilon(instruction: "Instruction", site: str, plan: "PrivacyPlan") -> f
 
 def epsilon(instruction: "Instruction", site: str, plan: "PrivacyPlan") -> tuple[float, str]:
     """`run_epsilon`, infinite where it cannot be said, and the same in words: never less than it is."""
-    from fedmed.privacy.accounting import LARGEST_EPSILON, round_up
+    from fedmed.privacy.accounting import LARGEST_EPSILON
+    from fedmed.privacy.in_words import round_up
 
     try:
         plan.epsilon()

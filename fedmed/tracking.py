@@ -17,8 +17,6 @@ from urllib.parse import urlsplit
 from fedmed.atomic import write_bytes, write_json
 from fedmed.config import RunConfig, TrackingConfig, run_config_from_dict
 from fedmed.errors import ConfigError
-from fedmed.privacy.accounting import BINDING
-from fedmed.privacy.plan import make_plan
 from fedmed.schema import to_dict
 
 # In a run's folder: what MLflow did not take, and how the run has ended, once it has.
@@ -137,6 +135,10 @@ class MlflowTracker:
                 experiment_id = experiment.experiment_id
             self._made = str(self._client.create_run(experiment_id, run_name=config.name).info.run_id)
         from mlflow.entities import Param
+
+        # Seconds that a coordinator, which only looks for what is kept, need not spend.
+        from fedmed.privacy.accounting import BINDING
+        from fedmed.privacy.plan import make_plan
 
         # Declared columns are in config.json; as parameters they would fill pages.
         flat = [(key, value) for key, value in _flat(to_dict(config)) if not key.startswith("task.columns.")]

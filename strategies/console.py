@@ -15,7 +15,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from fedmed.privacy.accounting import round_up
+from fedmed.privacy.in_words import round_up
 from fedmed.report.units import unit_sentence, unit_table, units_compared
 
 

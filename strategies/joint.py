@@ -9,8 +9,9 @@ from dp_accounting import DpEvent
 
 from fedmed.config import RunConfig
 from fedmed.errors import ConfigError, RunError
-from fedmed.privacy.accounting import composed_epsilon, round_up
+from fedmed.privacy.accounting import composed_epsilon
 from fedmed.privacy.histogram import HistogramPlan, metrics_plans
+from fedmed.privacy.in_words import round_up
 from fedmed.privacy.plan import PrivacyPlan, make_plan
 
 

@@ -18,8 +18,8 @@ from fedmed.errors import Interrupted
 from fedmed.models.build import build as build_model
 from fedmed.models.classifier import Classifier
 from fedmed.models.export import export, write_card
-from fedmed.privacy.accounting import round_up
 from fedmed.privacy.histogram import metrics_plans, site_epsilon
+from fedmed.privacy.in_words import round_up
 from fedmed.privacy.plan import PrivacyPlan, check_sampler
 from fedmed.records import Instruction
 from fedmed.report.html import write_report

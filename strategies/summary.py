@@ -7,7 +7,7 @@ from typing import Any
 
 from fedmed.config import RunConfig
 from fedmed.metrics import ScoreCounts
-from fedmed.privacy.accounting import BINDING, belief_in_words, composed_epsilon
+from fedmed.privacy.accounting import BINDING, composed_epsilon
 from fedmed.privacy.histogram import (
     HistogramPlan,
     expected_error,
@@ -15,6 +15,7 @@ from fedmed.privacy.histogram import (
     run_events,
     site_epsilon,
 )
+from fedmed.privacy.in_words import belief_in_words
 from fedmed.privacy.plan import PrivacyPlan
 
 OUTSIDE = [

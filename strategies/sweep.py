@@ -16,7 +16,7 @@ from rich.table import Table
 from fedmed.atomic import write_json
 from fedmed.config import RunConfig
 from fedmed.errors import FedmedError, Interrupted, RunError, internal
-from fedmed.privacy.accounting import round_up
+from fedmed.privacy.in_words import round_up
 from strategies.console import plain_console
 from strategies.joint import joint_costs, planned
 

@@ -19,8 +19,8 @@ from dp_accounting.rdp import RdpAccountant
 from fedmed.compose import compose_sweep
 from fedmed.config import RunConfig
 from fedmed.errors import ConfigError, Interrupted, RunError
-from fedmed.privacy.accounting import round_up
 from fedmed.privacy.histogram import metrics_plans
+from fedmed.privacy.in_words import round_up
 from fedmed.privacy.plan import make_plan
 from strategies.folder import RunFolder
 from strategies.joint import announce

@@ -1,4 +1,4 @@
-"""The running app's side of a SuperLink: tasks for whoever executes them, and the Grid of a run."""
+"""The Grid of a run over a SuperLink."""
 
 import logging
 import time
@@ -7,114 +7,34 @@ from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import Message
-from flwr.common.constant import SUPERLINK_NODE_ID, SubStatus
-from flwr.common.serde import user_config_from_proto
+from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import (
-    AcquireTaskRequest,
     GetNodesRequest,
     PullAppMessagesRequest,
-    PullTaskInputRequest,
     PushAppMessagesRequest,
-    PushTaskOutputRequest,
-    SendTaskHeartbeatRequest,
 )
-from flwr.supercore.constant import NodeStatus, TaskType
+from flwr.supercore.constant import NodeStatus
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_pull_object_fn_protobuf,
     make_push_object_fn_protobuf,
 )
-from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, SuperExecAuthHttpInterceptor
-from flwr.supercore.runtime import RuntimeHttpClient
 
 from fedmed.flower.gate import HOLD_HEADER
 from fedmed.flower.grid import RunGrid
-from fedmed.flower.line import Headers, Line, LinkDown
+from fedmed.flower.line import Headers, LinkDown
 from fedmed.flower.objects import SMALL, Parcel, failed, is_there, received
+from fedmed.flower.tasks import PATIENCE, runtime_line
 from fedmed.records import array_bytes
 
 log = logging.getLogger("fedmed.coordinator")
 
-# A SuperLink that is started again is back within this many seconds.
-PATIENCE = 120.0
 # How many small messages are sent in one request.
 AT_ONCE = 16
 # While a large reply is on its way, whether it and others have come is asked every so many seconds.
 LOOK_AGAIN = 0.5
-ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
-
-
-class Tasks:
-    """Runs that wait for somebody to execute them.
-
-    Args:
-        secret: the bytes of the coordinator's control secret.
-        executor_secret: the bytes of its executor secret.
-        hold: seconds that `acquire` may wait for a task (20 at most).
-    """
-
-    def __init__(
-        self, address: str, *, ca: bytes | None, secret: bytes, executor_secret: bytes, hold: float = 2.0
-    ) -> None:
-        self._address, self._ca, self._secret = address, ca, secret
-        sign = SuperExecAuthHttpInterceptor(
-            master_secret=executor_secret, protected_methods=frozenset({ACQUIRE})
-        )
-        self._line = Line(
-            RuntimeHttpClient,
-            address,
-            ca=ca,
-            component="SuperExec",
-            secret=secret.hex(),
-            interceptors=(Headers(**{HOLD_HEADER: str(hold)}), sign),
-        )
-
-    def acquire(self) -> "Task | None":
-        """The next run to execute, or None.
-
-        Raises:
-            LinkDown: no SuperLink answers.
-        """
-        answer = self._line.call(
-            "AcquireTask", AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP])
-        )
-        if not (answer.HasField("task") and answer.token):
-            return None
-        return Task(self._address, self._ca, self._secret, token=answer.token, run=answer.task.run_id)
-
-    def close(self) -> None:
-        self._line.close()
-
-
-class Task:
-    """A run that this process has taken on.
-
-    Attributes:
-        token: what the run's own process proves its right with.
-        run: the run's number.
-    """
-
-    def __init__(self, address: str, ca: bytes | None, secret: bytes, *, token: str, run: int) -> None:
-        self.token, self.run = token, run
-        self._line = _runtime(address, ca, secret, token)
-
-    def begin(self) -> str:
-        """Mark the run as running; its settings."""
-        answer = self._line.call("PullTaskInput", PullTaskInputRequest(), patience=PATIENCE)
-        return str(user_config_from_proto(answer.run.override_config).get("overrides", ""))
-
-    def heartbeat(self) -> bool:
-        """Say that the run goes on; False: somebody has stopped it."""
-        return bool(self._line.call("SendTaskHeartbeat", SendTaskHeartbeatRequest()).success)
-
-    def finish(self, *, ok: bool, details: str) -> None:
-        """Say how the run ended."""
-        status = SubStatus.COMPLETED if ok else SubStatus.FAILED
-        request = PushTaskOutputRequest(sub_status=status, details=details)
-        self._line.call("PushTaskOutput", request, patience=PATIENCE)
-        self._line.close()
 
 
 @dataclass(frozen=True)
@@ -135,9 +55,9 @@ class NetworkGrid(RunGrid):
     """
 
     def __init__(self, address: str, *, ca: bytes | None, secret: bytes, token: str, run: int) -> None:
-        self._line = _runtime(address, ca, secret, token)
+        self._line = runtime_line(address, ca, secret, token)
         self._hold = Headers(**{HOLD_HEADER: "20"})
-        self._poll = _runtime(address, ca, secret, token, self._hold)
+        self._poll = runtime_line(address, ca, secret, token, self._hold)
         super().__init__(run)
         self._node = Node(node_id=SUPERLINK_NODE_ID)
         self._pushed: dict[str, Message] = {}
@@ -273,14 +193,3 @@ class NetworkGrid(RunGrid):
         """Hang up."""
         self._line.close()
         self._poll.close()
-
-
-def _runtime(address: str, ca: bytes | None, secret: bytes, token: str, *interceptors: Any) -> Line:
-    return Line(
-        RuntimeHttpClient,
-        address,
-        ca=ca,
-        component="flwr-serverapp",
-        secret=secret.hex(),
-        interceptors=(*interceptors, RuntimeTokenHttpInterceptor(token)),
-    )

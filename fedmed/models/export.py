@@ -16,7 +16,7 @@ from fedmed.data.sentences import synthetic_sentences
 from fedmed.models import cnn
 from fedmed.models.classifier import Classifier, TextClassifier
 from fedmed.models.image_classifier import ImageClassifier
-from fedmed.privacy.accounting import round_up
+from fedmed.privacy.in_words import round_up
 from fedmed.schema import to_dict
 from fedmed.training import Arrays, set_adapter
 

@@ -13,9 +13,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fedmed.privacy.account import Account, Attempt, Cohort, Hold
-from fedmed.privacy.accounting import belief_in_words, round_up
 from fedmed.privacy.budget import Budget, Charges, pld_epsilon
 from fedmed.privacy.chain import START, Entry
+from fedmed.privacy.in_words import belief_in_words, round_up
 
 UNIT = "patient"
 ADJACENCY = "add or remove one patient with all of its records"

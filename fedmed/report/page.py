@@ -8,7 +8,7 @@ from decimal import ROUND_UP, Decimal
 import jinja2
 from markupsafe import Markup
 
-from fedmed.privacy.accounting import round_up
+from fedmed.privacy.in_words import round_up
 
 MINUS = "\N{MINUS SIGN}"
 

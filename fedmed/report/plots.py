@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from fedmed.privacy.accounting import round_up
+from fedmed.privacy.in_words import round_up
 
 # Okabe and Ito's colour-blind-safe hues, darkened to stand out on white; the template maps each of these to
 # one that stands out on black. Markers tell the sites apart without colour.

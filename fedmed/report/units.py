@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from fedmed.privacy.accounting import belief_percent
+from fedmed.privacy.in_words import belief_percent
 from fedmed.report.page import delta_text, epsilon_text
 
 NO_BOUND = "no useful bound"

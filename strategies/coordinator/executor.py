@@ -23,7 +23,7 @@ LAST_WORDS = 5.0
 
 
 class Source(Protocol):
-    """The part of `fedmed.flower.server.Tasks` that is needed here."""
+    """The part of `fedmed.flower.tasks.Tasks` that is needed here."""
 
     def acquire(self) -> TaskLike | None:
         """The next run, waited for a little."""

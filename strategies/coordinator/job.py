@@ -27,7 +27,7 @@ GRACE = 20.0
 
 
 class TaskLike(Protocol):
-    """The part of `fedmed.flower.server.Task` that is needed here."""
+    """The part of `fedmed.flower.tasks.Task` that is needed here."""
 
     token: str
     run: int

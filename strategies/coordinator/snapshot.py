@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fedmed.privacy.accounting import round_up
+from fedmed.privacy.in_words import round_up
 from strategies.coordinator.admissions import Admissions
 from strategies.coordinator.folder import CoordinatorFolder
 from strategies.coordinator.records import OPEN, RunPlace, RunPlaces

@@ -13,7 +13,7 @@ from typing import Any
 
 from fedmed.flower.control import Control
 from fedmed.flower.line import LinkError
-from fedmed.flower.server import Tasks
+from fedmed.flower.tasks import Tasks
 from strategies.coordinator import logs, processes
 from strategies.coordinator.admissions import Admissions, reconcile
 from strategies.coordinator.config import CoordinatorConfig

@@ -15,7 +15,7 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from fedmed.config import RunConfig
 from fedmed.flower.in_process import InProcessGrid
-from fedmed.flower.server import Task
+from fedmed.flower.tasks import Task
 from fedmed.privacy.plan import make_plan
 from fedmed.records import Instruction, Receipt, read_instruction, update_record
 from fedmed.training import one_thread

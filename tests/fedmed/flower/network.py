@@ -21,9 +21,10 @@ from cryptography.x509.oid import NameOID
 
 from fedmed.flower.control import Control
 from fedmed.flower.line import LinkDown
-from fedmed.flower.server import NetworkGrid, Task, Tasks
+from fedmed.flower.server import NetworkGrid
 from fedmed.flower.site_link import SiteLink
 from fedmed.flower.superlink import command
+from fedmed.flower.tasks import Task, Tasks
 
 
 def new_key() -> ec.EllipticCurvePrivateKey:

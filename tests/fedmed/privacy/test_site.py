@@ -12,7 +12,7 @@ from fedmed.compose import compose
 from fedmed.config import RunConfig
 from fedmed.errors import ConfigError
 from fedmed.models.build import build
-from fedmed.privacy.accounting import belief_in_words, round_up
+from fedmed.privacy.in_words import belief_in_words, round_up
 from fedmed.privacy.plan import PrivacyPlan, make_plan
 from fedmed.records import Instruction, instruction_record, read_instruction
 from strategies.console import footnotes
