@@ -15,8 +15,8 @@ from fedmed.privacy.accounting import (
     calibrate_noise,
     composed_epsilon,
     epsilon_of,
-    round_up,
 )
+from fedmed.privacy.in_words import round_up
 from fedmed.privacy.plan import PrivacyPlan
 from tests.evidence import figure, some
 from tests.timing import best
