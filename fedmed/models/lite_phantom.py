@@ -2,7 +2,8 @@
 
 The first learned from photographs (ImageNet), the second from made-up chests; a linear head on both is better than on
 either (`experiments/xray`). Lite0's architecture: Tan and Le 2019, table 1, without squeeze-and-excitation and with
-ReLU6, as https://github.com/tensorflow/tpu has it in models/official/efficientnet/lite. Each BatchNorm is folded into the convolution before it, so that nothing is left that could mix a batch's patients.
+ReLU6, as https://github.com/tensorflow/tpu has it in models/official/efficientnet/lite. Each BatchNorm is folded into
+the convolution before it, so that nothing is left that could mix a batch's patients.
 """
 
 import itertools

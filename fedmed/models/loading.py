@@ -10,7 +10,7 @@ from typing import Any
 
 from fedmed.errors import ModelError
 from fedmed.model import ImageModelConfig, TextModelConfig
-from fedmed.models.pins import located
+from fedmed.models.pins import LOCAL, located
 from fedmed.models.preprocess import PROCESSOR, Preprocessor
 from fedmed.pretrained import PretrainedConfig
 
@@ -105,6 +105,11 @@ def _folder(config: PretrainedConfig) -> Path:
         return Path(config.path or "").expanduser()
     if pulled := located(config.hub, config.revision):
         return pulled
+    if config.hub.startswith(LOCAL):
+        raise ModelError(
+            f"model.hub={config.hub}: not here at {config.revision}; how it is made: fedmed models show {config.hub}; "
+            "or run: fedmed models import FILE.tar"
+        )
     from huggingface_hub import constants, try_to_load_from_cache
 
     found = try_to_load_from_cache(
