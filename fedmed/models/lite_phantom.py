@@ -65,7 +65,8 @@ class _Convolution(nn.Conv2d):
         kernel, stride = self.kernel_size[0], self.stride[0]
         lines = [max(0, (-(-side // stride) - 1) * stride + kernel - side) for side in images.shape[:1:-1]]
         padding = [part for line in lines for part in (line // 2, line - line // 2)]
-        return super().forward(functional.pad(images, padding))
+        # Padding by nothing would still copy.
+        return super().forward(functional.pad(images, padding) if any(padding) else images)
 
 
 class _Block(nn.Module):
