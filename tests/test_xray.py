@@ -12,6 +12,7 @@ from experiments.shared.rows import Row, read_rows, write_rows
 from experiments.xray import results
 from experiments.xray.encoder import taken_in
 from experiments.xray.score import score
+from experiments.xray.shifts import SHIFTS
 from fedmed.atomic import write_json
 from fedmed.compose import compose
 from fedmed.dicom.ingest import ingest
@@ -108,6 +109,34 @@ def test_score_is_the_auc_of_what_was_released(tmp_path: Path) -> None:
     # 49 pairs: another order of one of them would move it by 0.02.
     assert auc == pytest.approx((pairs > 0).mean(), abs=1e-3)
     assert accuracy == pytest.approx(((scores > 0) == labels).mean())
+    assert score(run, hospital, shift=SHIFTS["as it is"]) == (auc, accuracy)
+    assert score(run, hospital, shift=torch.zeros_like)[0] == 0.5
+
+
+def test_each_shift_changes_images_by_itself_and_always_alike() -> None:
+    images = torch.rand(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    assert len(SHIFTS) == 16
+    for name, shift in SHIFTS.items():
+        found = shift(images)
+        assert torch.equal(found, shift(images.clone()))
+        assert found.shape == images.shape
+        assert 0 <= found.min() <= found.max() <= 1
+        assert torch.equal(found, images) == (name == "as it is")
+        # Two images that are equal stay so where each is not changed in a way of its own.
+        same = shift(images[:1].repeat(2, 1, 1, 1))
+        assert torch.equal(same[0], same[1]) == (name != "noisy" and not name.startswith("mixed"))
+    half = torch.full((1, 1, 28, 28), 0.5)
+    for name, level in (
+        ("brighter", 0.6),
+        ("darker", 0.4),
+        ("less contrast", 0.5),
+        ("darker midtones", 0.5**1.4),
+    ):
+        assert SHIFTS[name](half).mean().item() == pytest.approx(level, abs=1e-6)
+    block = torch.zeros(1, 1, 28, 28)
+    block[:, :, 9:19, 9:19] = 1
+    assert SHIFTS["larger"](block).sum() > 1.2 * block.sum()
+    assert SHIFTS["smaller"](block).sum() < 0.85 * block.sum()
 
 
 def test_the_experiment_makes_it_of_the_packages_file_alone(
