@@ -11,6 +11,7 @@ from experiments.shared.pages import BEGIN, END
 from experiments.shared.rows import Row, read_rows, write_rows
 from experiments.xray import results
 from experiments.xray.encoder import taken_in
+from experiments.xray.score import main as score_command
 from experiments.xray.score import score
 from experiments.xray.shifts import SHIFTS
 from fedmed.atomic import write_json
@@ -80,7 +81,9 @@ def test_rows_survive_writing(rows: list[Row], tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
 
 
-def test_score_is_the_auc_of_what_was_released(tmp_path: Path) -> None:
+def test_score_is_the_auc_of_what_was_released(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     draws = np.random.default_rng(0)
     images = draws.integers(0, 256, size=(14, 28, 28)).astype(np.uint8)
     labels = np.arange(14) % 2
@@ -111,6 +114,15 @@ def test_score_is_the_auc_of_what_was_released(tmp_path: Path) -> None:
     assert accuracy == pytest.approx(((scores > 0) == labels).mean())
     assert score(run, hospital, shift=SHIFTS["as it is"]) == (auc, accuracy)
     assert score(run, hospital, shift=torch.zeros_like)[0] == 0.5
+
+    monkeypatch.setattr("sys.argv", ["score.py", str(run), str(hospital), "--shifted"])
+    score_command()
+    *shown, last = capsys.readouterr().out.splitlines()
+    values = [float(line.rpartition(" ")[2]) for line in shown]
+    assert [line.partition(":")[0] for line in shown] == list(SHIFTS)
+    assert values[0] == pytest.approx(auc, abs=1e-4)
+    mean, worst = (float(part.split()[1]) for part in last.split(","))
+    assert (mean, worst) == pytest.approx((sum(values) / len(values), min(values)), abs=1e-4)
 
 
 def test_each_shift_changes_images_by_itself_and_always_alike() -> None:
