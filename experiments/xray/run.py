@@ -1,7 +1,8 @@
 """The chest X-ray benchmark: hospitals of DICOM files, `fedmed run` for every setting and seed, then table and figure.
 
-Needs the environment variable FEDMED_DATA: a folder with pneumoniamnist.npz. Rows that results.csv already holds are
-not run again: the same command continues an interrupted benchmark, and deleting rows repeats them.
+Needs the environment variable FEDMED_DATA, a folder with pneumoniamnist.npz, and the extra `xray`. Rows that
+results.csv already holds are not run again: the same command continues an interrupted benchmark, and deleting rows
+repeats them.
 
 Examples:
   python experiments/xray/run.py                            everything
@@ -23,6 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))  # the root of the rep
 
 from experiments.shared.commands import benchmark_parser, fedmed, fill
 from experiments.shared.rows import Row, commit_mark, epsilon_spent, read_rows, write_rows
+from experiments.xray.encoder import taken_in
 from experiments.xray.figure import draw_figure
 from experiments.xray.hospitals import held_out_hospital, training_hospitals
 from experiments.xray.results import COLUMNS, FOLDER, LABEL_SKEW, SEEDS, SETTINGS, Setting, order, table
@@ -100,6 +102,7 @@ def main() -> int:
         "--work", type=Path, default=FOLDER / "data", help="folder of the hospitals; default: data, here"
     )
     asked = parser.parse_args()
+    taken_in()
     folder = None if asked.quick else asked.output
     return fill(folder, lambda path: run_missing(asked, path), table, draw_figure)
 

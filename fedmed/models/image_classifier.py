@@ -44,7 +44,7 @@ class ImageClassifier(Classifier):
         self.interpolated = self.size != (tuple(own) if isinstance(own, list | tuple) else (own, own))
         self.encoder = encoder
         self._check_pooling()
-        self._check_embeddings(adapter)
+        self._check_adapter(adapter)
         self.encoder = add_adapter(encoder, adapter, lora_targets=model.lora_targets)
         with torch.set_grad_enabled(adapter.kind == "full"):
             features = self._blank_features()
@@ -105,6 +105,7 @@ class ImageClassifier(Classifier):
         return {
             "input": {"shape": shape, "low": 0.0, "high": 1.0},
             "encoder": self.family.encoder,
+            "module": self.family.module,
             "leading_tokens": self._leading,
             "interpolated": self.interpolated,
             "preprocessing": dataclasses.asdict(self.preprocessor)
@@ -191,8 +192,14 @@ class ImageClassifier(Classifier):
             expected = " or ".join(name for name, ok in able.items() if ok)
             raise ModelError(f"model.pooling={self.config.pooling}: a '{kind}' encoder has {expected}")
 
-    def _check_embeddings(self, adapter: AdapterConfig) -> None:
-        """Their gradients for one patient are known of a ViT at its own size alone."""
+    def _check_adapter(self, adapter: AdapterConfig) -> None:
+        """Some encoders stay as they are; of others embeddings' gradients for one patient are known of a ViT at its own
+        size alone."""
+        if self.family.head_only and adapter.kind != "head":
+            kind = self.encoder.config.model_type
+            raise ModelError(
+                f"adapter={adapter.kind}: a '{kind}' encoder stays as it is; expected adapter=head"
+            )
         known = self.family.encoder == "ViTModel" and not self.interpolated
         if adapter.kind == "full" and adapter.embeddings and not known:
             kind = self.encoder.config.model_type

