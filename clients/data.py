@@ -120,18 +120,10 @@ def ingest_command(
 
     require(not classes or labels is not None, "--class", ",".join(classes or ()), "only with --labels")
     options = Options(
-        size=size,
-        modalities=tuple(modality or MODALITIES),
-        window=_window(window),
-        deidentify=deidentify,
-        modified_dates=modified_dates,
-        keep_uids=keep_uids,
-        burned_in=burned_in,
-        regions=_regions(regions),
-        workers=workers,
-        seconds=seconds,
-        memory_mb=memory,
-    )
+        size=size, modalities=tuple(modality or MODALITIES), window=_window(window), deidentify=deidentify,
+        modified_dates=modified_dates, keep_uids=keep_uids, burned_in=burned_in, regions=_regions(regions),
+        workers=workers, seconds=seconds, memory_mb=memory,
+    )  # fmt: skip
     key = _key(site, name)
     ingest = _import_ingest()
     try:

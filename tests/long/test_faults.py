@@ -45,20 +45,15 @@ def test_a_killed_site_costs_the_others_a_time_out_and_is_back_for_the_next_roun
     assert max(entry["seconds"] for entry in history) < 60
 
 
-def test_a_killed_run_process_goes_on_and_repeats_no_finished_round(consortium: Consortium) -> None:
-    began(consortium, name="worker-killed", rounds=12, until=4)
-    (worker,) = children(consortium, "strategies.coordinator.worker")
-    worker.kill()
-    history = agree(consortium, "worker-killed")
-    assert len(history) == 12
-
-
-def test_a_killed_superlink_is_started_again_and_the_run_goes_on(consortium: Consortium) -> None:
-    began(consortium, name="superlink-killed", rounds=12, until=4)
-    (superlink,) = children(consortium, "fedmed.flower.superlink")
-    superlink.kill()
-    history = agree(consortium, "superlink-killed")
-    assert len(history) == 12
+@pytest.mark.parametrize("module", ["strategies.coordinator.worker", "fedmed.flower.superlink"])
+def test_a_killed_server_is_started_again_and_no_finished_round_repeated(
+    module: str, consortium: Consortium
+) -> None:
+    name = module.rpartition(".")[2]
+    began(consortium, name=name, rounds=12, until=4)
+    (process,) = children(consortium, module)
+    process.kill()
+    assert len(agree(consortium, name)) == 12
 
 
 def test_everything_of_the_coordinator_killed_at_once_goes_on_from_disk(consortium: Consortium) -> None:
