@@ -24,9 +24,13 @@ from flwr.supercore.inflatable.inflatable_object import (
     get_object_tree,
     no_object_id_recompute,
 )
-from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError, inflatable_class_registry
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPushError,
+    ObjectUnavailableError,
+    inflatable_class_registry,
+)
 
-from fedmed.flower.line import LinkError, attempts
+from fedmed.flower.line import LinkDown, LinkError, attempts
 from fedmed.records import array_bytes, from_bytes, to_bytes
 
 PACKED = "packed"
@@ -34,6 +38,8 @@ PACKED = "packed"
 SMALL = 1_000_000
 # While the other end still uploads, the next object is asked for this many seconds.
 PATIENCE = 60.0
+# An object that may be there already is, if it is refused so often.
+REFUSALS = 6
 
 Push = Callable[[str, bytes], None]
 
@@ -60,13 +66,41 @@ class Parcel:
             tree, objects = get_object_tree(message), get_all_nested_objects(message)
         return cls(message_to_proto(remove_content_from_message(message)), tree, objects)
 
-    def send(self, lacking: Container[str], push: Push) -> None:
-        """Send the objects that the other end lacks."""
+    def send(self, lacking: Container[str], push: Push, *, patience: float = PATIENCE) -> None:
+        """Send the objects that the other end lacks.
+
+        Args:
+            push: one attempt to send an object.
+            patience: seconds to go on trying with each.
+
+        Raises:
+            LinkDown: an object is not taken.
+        """
         for key in list(self.objects):
             part = self.objects.pop(key)
             if key in lacking:
-                push(key, part.deflate())
+                _send(key, part.deflate(), push, patience)
                 _forget_exchanges()
+
+
+def _send(key: str, content: bytes, push: Push, patience: float) -> None:
+    unsure, refused = False, 0
+    for last in attempts(patience):
+        try:
+            push(key, content)
+            return
+        except LinkDown:
+            if last:
+                raise
+            # Perhaps it was the answer alone that was lost.
+            unsure = True
+        except ObjectPushError:
+            # Flower says so when its database had no time, and of what it has already.
+            refused += 1
+            if unsure and refused == REFUSALS:
+                return
+            if last:
+                raise LinkDown("a part of a message is not taken") from None
 
 
 class Budget:

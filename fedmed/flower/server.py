@@ -121,11 +121,11 @@ class NetworkGrid(RunGrid):
         answer = self._line.call("PushMessages", request, patience=PATIENCE)
 
         def push(what: Any) -> Any:
-            return self._line.call("PushObject", what, patience=PATIENCE)
+            return self._line.call("PushObject", what)
 
         send = make_push_object_fn_protobuf(push, self._node, self._run.run_id, answer.session_id)
         for parcel in parcels:
-            parcel.send(set(answer.objects_to_push), send)
+            parcel.send(set(answer.objects_to_push), send, patience=PATIENCE)
 
     def _announced(self, waits: dict[str, Message], *, hold: float) -> "list[_Announced]":
         """The replies that were announced, once there are any; what they answer is taken out of `waits`."""

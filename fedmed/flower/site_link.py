@@ -152,10 +152,10 @@ class SiteLink:
         answer = line.call("PushMessages", announced, patience=PATIENCE)
 
         def push(what: Any) -> Any:
-            return line.call("PushObject", what, patience=PATIENCE)
+            return line.call("PushObject", what)
 
         send = make_push_object_fn_protobuf(push, self._node, request.run, answer.session_id)
-        parcel.send(set(answer.objects_to_push), send)
+        parcel.send(set(answer.objects_to_push), send, patience=PATIENCE)
 
     def close(self) -> None:
         """Leave the place."""

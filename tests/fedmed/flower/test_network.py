@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.proto.message_pb2 import PushObjectRequest, PushObjectResponse
+from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from fedmed.errors import ConfigError
 from fedmed.flower import bundle, objects, site_link
@@ -153,11 +155,11 @@ def test_who_still_uploads_holds_up_nobody(network: Network, monkeypatch: pytest
     site, announced, released = threading.local(), threading.Event(), threading.Event()
 
     class Held(objects.Parcel):
-        def send(self, lacking: Container[str], push: objects.Push) -> None:
+        def send(self, lacking: Container[str], push: objects.Push, *, patience: float = 60.0) -> None:
             if getattr(site, "slow", False):
                 announced.set()
                 assert released.wait(60)
-            super().send(lacking, push)
+            super().send(lacking, push, patience=patience)
 
     def holds(message: Message) -> Message:
         site.slow = True
@@ -181,6 +183,34 @@ def test_who_still_uploads_holds_up_nobody(network: Network, monkeypatch: pytest
     task.finish(ok=True, details="")
 
 
+@pytest.mark.parametrize("stored", [True, False], ids=["whose answer was lost", "that was not taken"])
+def test_an_object_is_sent_again(stored: bool, network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"again-{stored}"
+    link = network.site(name)
+    task = network.task()
+    task.begin()
+    grid = network.grid(task)
+    once = threading.Lock()
+
+    def push(client: FleetHttpClient, request: PushObjectRequest) -> PushObjectResponse:
+        if not once.acquire(blocking=False):
+            return take(client, request)
+        if not stored:
+            # As Flower answers when its database is locked.
+            return PushObjectResponse(stored=False)
+        take(client, request)
+        raise httpx.ReadTimeout("the answer was lost")
+
+    take = FleetHttpClient.PushObject
+    monkeypatch.setattr(FleetHttpClient, "PushObject", push)
+    answer = content(80_000, seed=40 + stored)
+    with working(link, lambda message: Message(answer, reply_to=message)):
+        (reply,) = grid.gather(sent(grid, [name], content(10)), timeout=60)
+    assert once.locked()
+    assert reply.content == answer
+    task.finish(ok=True, details="")
+
+
 @pytest.mark.parametrize("lost", ["root", "chunk"])
 def test_a_reply_that_lacks_a_part_holds_up_nobody(
     lost: str, network: Network, monkeypatch: pytest.MonkeyPatch
@@ -192,10 +222,10 @@ def test_a_reply_that_lacks_a_part_holds_up_nobody(
     site, announced = threading.local(), threading.Event()
 
     class Lacking(objects.Parcel):
-        def send(self, lacking: Container[str], push: objects.Push) -> None:
+        def send(self, lacking: Container[str], push: objects.Push, *, patience: float = 60.0) -> None:
             if getattr(site, "lacks", False):
                 del self.objects[list(self.objects)[-1 if lost == "root" else 0]]
-            super().send(lacking, push)
+            super().send(lacking, push, patience=patience)
             announced.set()
 
     def lacks(message: Message) -> Message:
