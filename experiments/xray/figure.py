@@ -49,14 +49,14 @@ def draw_figure(rows: list[Row], folder: Path) -> None:
                 axes.plot(xs, means, color=colour, linewidth=0.8, marker=marker, markersize=6, label=label)
         axes.axhline(PUBLISHED, color=MUTED, linewidth=1, linestyle=":")
         axes.annotate(
-            f"centralised ResNet-18, published: {PUBLISHED}", (3.45, PUBLISHED), (0, 3), color=MUTED, ha="right",
+            f"centralised ResNet-18, published: {PUBLISHED}", (-0.45, PUBLISHED), (0, 3), color=MUTED, ha="left",
             textcoords="offset points", fontsize=8,
         )  # fmt: skip
         axes.plot([1.55, 2.45], [TARGET] * 2, color=INK, linewidth=1.6, label="target, even split")
         axes.set_xticks(range(4), ["ε = 1", "ε = 3", "ε = 8", "off\n(NOT PRIVATE)"])
         axes.set_xlim(-0.5, 3.5)
         axes.set_ylabel("AUC on the official test images")
-        axes.legend()
+        axes.legend(loc="lower center", bbox_to_anchor=(0.62, 0.0))
 
 
 if __name__ == "__main__":
