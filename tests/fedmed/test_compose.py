@@ -52,6 +52,7 @@ NEEDS = {
     ("task", "dicom"): ["task.path=ingested", "model=cnn"],
     ("model", "cnn"): IMAGES,
     ("model", "phantom"): IMAGES,
+    ("model", "lite_phantom"): [*IMAGES, "adapter=head"],
     ("model", "hf"): ["model.path=folder", f"model.sha256={'a' * 64}"],
     ("model", "hf_image"): [*IMAGES, "model.path=folder", f"model.sha256={'a' * 64}"],
     ("adapter", "lora"): [],
