@@ -187,8 +187,9 @@ def _train_private(
     # Whatever a seed repeats is NOT PRIVATE, and has no delta.
     if source.private:
         check_sampler([plan], parameters=model.trainable)
-    wrapped = PatientGradients(model)
-    private = PatientOptimizer(optimizer, plan=plan, source=source, before_step=pull_back)
+    # Of the batch the shape alone is read, which the task's configuration says.
+    wrapped = PatientGradients(model, data.batch)
+    private = PatientOptimizer(optimizer, plan=plan, source=source, live=wrapped.live, before_step=pull_back)
     room = _Room(training)
     try:
         for _ in range(plan.steps_per_round):

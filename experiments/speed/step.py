@@ -64,11 +64,11 @@ class Sides:
             for side, model in self.models.items()
         }
         self.plain_optimizer = optimizers["plain"]
-        self.private_optimizer = PatientOptimizer(
-            optimizers["private"], plan=plan(setting), source=operating_system()
-        )
         # As in training, for all steps of a round.
-        self.wrapped = PatientGradients(self.models["private"])
+        self.wrapped = PatientGradients(self.models["private"], {"values": self.values})
+        self.private_optimizer = PatientOptimizer(
+            optimizers["private"], plan=plan(setting), source=operating_system(), live=self.wrapped.live
+        )
 
     def losses(self, model: Callable[..., Tensor]) -> Tensor:
         with torch.autocast(self.values.device.type, dtype=torch.bfloat16, enabled=self.bf16):

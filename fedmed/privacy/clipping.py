@@ -4,13 +4,16 @@ float32 is wide enough for the work between: a whole number of cells up to 2^24 
 stays below. Where it is not (a noise multiplier below 1/16, gradients of float64) the same is done in float64.
 """
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from fedmed.privacy.grid import Grid
 from fedmed.privacy.randomness import RandomSource
 
-# Entries whose squares are added up in the gradient's own type; the sums of such pieces are added in float64.
+# Entries at most whose squares are added up in the gradient's own type; the sums of such pieces are added in float64.
 PIECE = 512
 # Entries that are divided and truncated at once: they stay in the cache of one core.
 CACHED_ENTRIES = 2**17
@@ -30,99 +33,117 @@ class ClippedSum:
         self._grid = grid
         self._patients = 0
         self._total = torch.zeros(entries, dtype=torch.int64, device=device)
-        # Whole numbers: of as many patients as surely stay below 2^24.
-        self._partial = torch.zeros(entries, dtype=torch.float32, device=device)
-        self._room = self._most = int(EXACT // grid.bound) if 1e-30 < grid.cell < 1e30 else 0
+        # Patients whose whole numbers surely add up to less than 2^24.
+        self._narrow_patients = int(EXACT // grid.bound) if 1e-30 < grid.cell < 1e30 else 0
         self._quotients = torch.empty(0, device=device)
 
-    def add(self, gradients: Tensor) -> None:
+    def add(self, gradients: list[Tensor]) -> None:
         """Add patients.
 
         Args:
-            gradients: (patients, entries) float32 or float64.
+            gradients: parts of a patient's gradient, each (pieces, patients, entries) float32 or float64.
 
         Raises:
             PrivacyError: they are more than `grid.most_patients`, with those before.
         """
-        self._patients += len(gradients)
+        patients = gradients[0].shape[1]
+        self._patients += patients
         self._grid.check_fits(self._patients)
-        if len(gradients) == 0:
+        if patients == 0:
             return
-        narrow = self._most > 0 and gradients.dtype == torch.float32
-        gradients = gradients if narrow else gradients.double()
+        narrow = self._narrow_patients > 0 and all(part.dtype == torch.float32 for part in gradients)
+        gradients = gradients if narrow else [part.double() for part in gradients]
         norms = norm_bounds(gradients)
         finite = torch.isfinite(norms)
         # On an accelerator to ask would be to wait.
-        if gradients.is_cuda or not bool(finite.all()):
-            gradients = gradients.masked_fill(~finite[:, None], 0)
+        if norms.is_cuda or not bool(finite.all()):
+            gradients = [part.masked_fill(~finite[:, None], 0) for part in gradients]
             norms = norms.masked_fill(~finite, 0)
         # A quotient is rounded once, and so is what it is divided by.
-        slack = 1 + 2 * torch.finfo(gradients.dtype).eps
+        slack = 1 + 2 * torch.finfo(gradients[0].dtype).eps
         cells = (norms / self._grid.bound).clamp(min=self._grid.cell) * slack
-        cells = cells.to(gradients.dtype)[:, None]
+        cells = cells.to(gradients[0].dtype)[:, None]
+        step = self._narrow_patients if narrow else patients
+        kind = torch.float32 if narrow else torch.int64
+        summed = torch.empty(len(self._total), dtype=kind, device=cells.device)
+        for first in range(0, patients, step):
+            rows = slice(first, first + step)
+            self._sum([part[:, rows] for part in gradients], cells[rows], summed)
+            self._total += summed.to(torch.int64)
+
+    def _sum(self, gradients: list[Tensor], cell: Tensor, total: Tensor) -> None:
+        """Into (entries,) the sum of (pieces, patients, entries) parts in each patient's cells (patients, 1)."""
+        most = max(CACHED_ENTRIES, len(cell))
+        if cell.is_cuda:
+            most = sum(part.numel() for part in gradients)
+        if self._quotients.dtype != cell.dtype or self._quotients.numel() < most:
+            self._quotients = cell.new_empty(most)
         first = 0
-        while first < len(gradients):
-            rows = slice(first, first + (self._room if narrow else len(gradients)))
-            self._add(gradients[rows], cells[rows], narrow)
-            first = rows.stop
-
-    def _add(self, gradients: Tensor, cell: Tensor, narrow: bool) -> None:
-        """Add (patients, entries) in units of each patient's own cell (patients, 1)."""
-        patients, entries = gradients.shape
-        width = min(entries, entries if gradients.is_cuda else max(1, CACHED_ENTRIES // patients))
-        if self._quotients.dtype != gradients.dtype or self._quotients.numel() < patients * width:
-            self._quotients = gradients.new_empty(patients * width)
-        quotients = self._quotients[: patients * width].view(patients, width)
-        for first in range(0, entries, width):
-            piece = gradients[:, first : first + width]
-            whole = torch.div(piece, cell, rounding_mode="trunc", out=quotients[:, : piece.shape[1]])
-            if narrow:
-                # A sum of whole numbers below 2^24, exact in any order.
-                self._partial[first : first + width] += whole.sum(dim=0)
-            else:
-                self._total[first : first + width] += whole.to(torch.int64).sum(dim=0)
-        if narrow:
-            self._room -= patients
-            if self._room == 0:
-                self._flush()
-
-    def _flush(self) -> None:
-        self._total += self._partial.to(torch.int64)
-        self._partial.zero_()
-        self._room = self._most
+        for part in gradients:
+            for piece in _cached(part, most):
+                quotients = self._quotients[: piece.numel()].view(piece.shape)
+                whole = torch.div(piece, cell, rounding_mode="trunc", out=quotients).to(total.dtype)
+                entries = piece.shape[0] * piece.shape[2]
+                # In float32 a sum of whole numbers below 2^24: exact in any order.
+                torch.sum(whole, dim=1, out=total[first : first + entries].view(len(piece), -1))
+                first += entries
 
     def cells(self) -> Tensor:
         """(entries,) int64: the sum so far."""
-        self._flush()
         return self._total
 
 
-def norm_bounds(gradients: Tensor) -> Tensor:
-    """(patients,) float64: no less than each row's L2 norm, and about 1.6e-5 of it more for float32.
+def _cached(part: Tensor, most: int) -> Iterator[Tensor]:
+    """Pieces of (pieces, patients, entries), in order, of at most so many entries."""
+    patients, entries = part.shape[1:]
+    if patients * entries <= most:
+        yield from part.split(most // (patients * entries))
+        return
+    for row in part.split(1):
+        yield from row.split(most // patients, dim=2)
 
-    A row's bits do not tell what is beside it. Squares of a piece that are added in any order, each with its root,
+
+def norm_bounds(gradients: list[Tensor]) -> Tensor:
+    """(patients,) float64: no less than the L2 norm of all that a patient has, 1.6e-5 of it more for float32.
+
+    A patient's bits do not tell what is beside it. Squares of a piece that are added in any order, each with its root,
     are off by a relative (`PIECE` + 3) * u at most, u the unit roundoff (Higham 2002, section 4.2), half of that
     after the root; a product or partial sum below the smallest normal number may be lost.
+
+    Args:
+        gradients: parts, each (pieces, patients, entries).
     """
-    entries = gradients.shape[1]
-    numbers = torch.finfo(gradients.dtype)
-    whole = entries - entries % PIECE
-    squares = torch.linalg.vector_norm(gradients[:, whole:], dim=1).double().square()
-    if whole:
-        pieces = torch.linalg.vector_norm(gradients[:, :whole].unflatten(1, (-1, PIECE)), dim=2)
-        squares = squares + pieces.double().square().sum(dim=1)
+    numbers = torch.finfo(gradients[0].dtype)
+    squares, entries = torch.zeros(1, dtype=torch.float64, device=gradients[0].device), 0
+    for part in gradients:
+        entries += part.shape[0] * part.shape[2]
+        for pieces in _in_pieces(part):
+            norms = torch.linalg.vector_norm(pieces, dim=3).double()
+            # Each patient's side by side: the order of a sum over what lies apart depends on how many there are.
+            squares = squares + norms.square().movedim(1, 0).flatten(1).sum(dim=1)
     lost = 2 * entries * numbers.tiny
-    error = (PIECE / 2 + 16) * numbers.eps / 2 + (entries / PIECE + 16) * 2.0**-53
+    error = (PIECE / 2 + 16) * numbers.eps / 2 + (entries + 16) * 2.0**-53
     return (squares + lost).sqrt() * (1 + error)
+
+
+def _in_pieces(part: Tensor) -> list[Tensor]:
+    """(pieces, patients, entries) as (pieces, patients, more pieces, at most `PIECE`), all alike where that can be."""
+    entries = part.shape[2]
+    fewest = -(-entries // PIECE)
+    alike = next((n for n in range(fewest, 2 * fewest) if entries % n == 0), None)
+    if alike:
+        return [part.unflatten(2, (alike, -1))]
+    whole = entries - entries % PIECE
+    return [part[..., :whole].unflatten(2, (-1, PIECE)), part[:, :, None, whole:]]
 
 
 def clipped_sum(gradients: list[Tensor], *, grid: Grid) -> list[Tensor]:
     """`ClippedSum` of gradients that are at hand: (*shape) int64 for each (patients, *shape)."""
-    flat = torch.cat([g.flatten(1) for g in gradients], dim=1)
-    total = ClippedSum(flat.shape[1], grid=grid, device=flat.device)
-    total.add(flat)
-    parts = total.cells().split([g[0].numel() if len(g) else g.flatten(1).shape[1] for g in gradients])
-    return [cells.view(g.shape[1:]) for cells, g in zip(parts, gradients, strict=True)]
+    parts = [g.reshape(1, len(g), math.prod(g.shape[1:])) for g in gradients]
+    total = ClippedSum(sum(part.shape[2] for part in parts), grid=grid, device=parts[0].device)
+    total.add(parts)
+    cells = total.cells().split([part.shape[2] for part in parts])
+    return [own.view(g.shape[1:]) for own, g in zip(cells, gradients, strict=True)]
 
 
 def noised(cells: Tensor, *, grid: Grid, source: RandomSource) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedmed.errors import PrivacyError
 from fedmed.optimizers import Optimizer
 from fedmed.privacy.clipping import ClippedSum, noised
-from fedmed.privacy.layer_gradients import has_rule
+from fedmed.privacy.layer_gradients import Live, Place, has_rule
 from fedmed.privacy.patient_gradients import Layout, PatientGradients
 from fedmed.privacy.plan import PrivacyPlan
 from fedmed.privacy.randomness import RandomSource
@@ -30,10 +30,13 @@ class PatientOptimizer:
         *,
         plan: PrivacyPlan,
         source: RandomSource,
+        live: Live | None = None,
         before_step: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
+            live: the parts of parameters that are trained, whatever the data; what is outside gets neither gradient nor
+                noise. None: all of them.
             before_step: called when the noisy gradient is in every `p.grad`; may change it.
         """
         self.parameters = optimizer.parameters
@@ -41,46 +44,62 @@ class PatientOptimizer:
         self.noise_draws = 0
         self._optimizer = optimizer
         self.source = source
+        self._live = live or {}
         self._before_step = before_step
         self._divisor = plan.expected_batch
         self._patients = 0
         self._layout: Layout = []
         self._sum: ClippedSum | None = None
-        self._totals: dict[nn.Parameter, Tensor] = {}
+        self._totals: dict[nn.Parameter, tuple[Place, Tensor]] = {}
 
-    def accumulate(self, gradients: Tensor, layout: Layout) -> None:
+    def accumulate(self, gradients: list[Tensor], layout: Layout) -> None:
         """Add the clipped and truncated gradients of patients to the step's sum.
 
         Args:
-            gradients: (patients, entries).
-            layout: what lies in a row; the same object as long as it is the same. What is not there is zero.
+            gradients: parts, each (pieces, patients, entries).
+            layout: what lies there; the same object as long as it is the same. What is not there is zero.
 
         Raises:
-            PrivacyError: with those before they are more than the grid can sum.
+            PrivacyError: with those before they are more than the grid can sum, or the noise would not fall where they
+                are.
         """
-        self._patients += len(gradients)
+        self._patients += gradients[0].shape[1]
         self.grid.check_fits(self._patients)
         if self._sum is None or layout is not self._layout:
             self._drain()
+            if any(place.region != self._live.get(p, ()) for p, place in layout):
+                # Whether anybody was drawn would show in which weights move.
+                raise PrivacyError("gradients lie elsewhere than the noise of a step without patients would")
             self._layout = layout
-            self._sum = ClippedSum(gradients.shape[1], grid=self.grid, device=gradients.device)
+            entries = sum(part.shape[0] * part.shape[2] for part in gradients)
+            self._sum = ClippedSum(entries, grid=self.grid, device=gradients[0].device)
         self._sum.add(gradients)
 
     def _drain(self) -> None:
         """Move what was summed so far to its parameters' totals."""
-        for p in self.parameters:
-            if p not in self._totals:
-                self._totals[p] = torch.zeros(p.shape, dtype=torch.int64, device=p.device)
         if self._sum is not None:
-            regions = [self._totals[p][region] for p, region in self._layout]
-            for region, cells in zip(regions, _split(self._sum.cells(), regions), strict=True):
-                region += cells
+            shapes = [place.of(p) for p, place in self._layout]
+            for (p, place), cells in zip(self._layout, _split(self._sum.cells(), shapes), strict=True):
+                before = self._totals.get(p)
+                self._totals[p] = place, cells if before is None else before[1] + cells
         self._sum = None
 
+    def _places(self) -> list[Place]:
+        """How each parameter's part of `cells` is laid out: as the gradients were."""
+        whole = {p: Place(self._live.get(p, ())) for p in self.parameters}
+        return [self._totals[p][0] if p in self._totals else whole[p] for p in self.parameters]
+
     def cells(self) -> Tensor:
-        """(entries of all parameters,) int64: the step's sum so far, before its noise."""
+        """(entries of all parameters that are live,) int64: the step's sum so far, before its noise."""
         self._drain()
-        return torch.cat([self._totals[p].flatten() for p in self.parameters])
+        return torch.cat(
+            [
+                self._totals[p][1].flatten()
+                if p in self._totals
+                else torch.zeros(place.of(p).numel(), dtype=torch.int64, device=p.device)
+                for p, place in zip(self.parameters, self._places(), strict=True)
+            ]
+        )
 
     def noised(self, cells: Tensor) -> Tensor:
         """(entries,) float64: a sum with the plan's Gaussian. From here on everything is post-processing."""
@@ -90,10 +109,15 @@ class PatientOptimizer:
     def step(self) -> None:
         """One step with noise, however many patients were accumulated."""
         gradient = self.noised(self.cells())
+        places = self._places()
         self._patients, self._totals = 0, {}
-        for p, own in zip(self.parameters, _split(gradient, self.parameters), strict=True):
+        applied = [torch.zeros_like(p) for p in self.parameters]
+        parts = [place.of(whole) for whole, place in zip(applied, places, strict=True)]
+        for part, own in zip(parts, _split(gradient, parts), strict=True):
             # The divisor is public: the expected number of patients, not how many there were (rule 5).
-            p.grad = own.to(p.dtype) / self._divisor
+            part.copy_(own.to(part.dtype) / self._divisor)
+        for p, whole in zip(self.parameters, applied, strict=True):
+            p.grad = whole
         self._before_step()
         self._optimizer.step()
         for p in self.parameters:
@@ -101,7 +125,7 @@ class PatientOptimizer:
 
 
 def _split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """What lies in a row, in the shapes of others."""
+    """What lies one after the other, in the shapes of others."""
     parts = flat.split([one.numel() for one in like])
     return [part.view(one.shape) for part, one in zip(parts, like, strict=True)]
 

@@ -5,8 +5,7 @@ have one here, and it is loaded for the others alone. Nothing large is computed 
 own.
 """
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,6 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedmed.errors import PrivacyError
+
+# A convolution of fewer channels is one product for all places of its kernel: one for each would be too small.
+FEW_CHANNELS = 8
+_WHOLE = (slice(None), slice(None))
 
 
 @dataclass(frozen=True)
@@ -36,48 +39,63 @@ class Block:
         return own.unflatten(0, (self.patients, self.records))
 
 
-# Where in a parameter a gradient can differ from zero; () is everywhere.
+# The part of a parameter outside of which every gradient is zero, whatever the data; () is all of it.
 Region = tuple[slice, ...]
+# Of parameters; what is not there is live everywhere.
+Live = Mapping[Tensor, Region]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the entries of a gradient belong.
+
+    Attributes:
+        order: of the dimensions of the region, in which the entries are laid out; () leaves them as they are.
+    """
+
+    region: Region = ()
+    order: tuple[int, ...] = ()
+
+    def of(self, values: Tensor) -> Tensor:
+        """A view of the region of values in the shape of the parameter, in this order."""
+        part = values[self.region]
+        return part.permute(self.order) if self.order else part
 
 
 @dataclass(frozen=True)
 class Product:
-    """Of a weight matrix: the sum over places of an output's gradient times an input.
+    """Of a weight matrix, or of a kernel's matrices: sums over positions of one side's row times the other's.
 
     Attributes:
-        outputs: (records, out, places).
-        inputs: (records, *in, *places), any strides.
-        places: how many dimensions of `inputs` are places.
-        region: of the weight, (out, *in).
+        left: (records, positions, rows).
+        right: (records, positions, columns), the last `reach` of them zero.
+        offsets: for each matrix how many positions further the left side is read, at most `reach`. It is read beyond
+            a record's end where the right side is zero.
     """
 
-    outputs: Tensor
-    inputs: Tensor
-    places: int = 1
-    region: Region = ()
+    left: Tensor
+    right: Tensor
+    place: Place = Place()
+    offsets: tuple[int, ...] = (0,)
+    reach: int = 0
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the region."""
-        return (self.outputs.shape[1], *self._inputs().shape[1 : -self.places])
-
-    def _inputs(self) -> Tensor:
-        return self.inputs[(slice(None), *self.region[1:])] if self.region else self.inputs
+    def shape(self) -> tuple[int, int]:
+        """(matrices, entries of each)."""
+        return len(self.offsets), self.left.shape[2] * self.right.shape[2]
 
     def write(self, block: Block, out: Tensor, *, add: bool) -> None:
-        """Into or onto (patients, entries): one matrix product a patient, over the places of all its records."""
-        left, right = _joined(block, self.outputs, 1), _joined(block, self._inputs(), self.places)
-        matrix = out.unflatten(1, (left.shape[1], right.shape[1]))
-        left, right = left.to(out.dtype), right.to(out.dtype).transpose(1, 2)
-        torch.baddbmm(matrix, left, right, beta=int(add), out=matrix)
-
-
-def _joined(block: Block, values: Tensor, places: int) -> Tensor:
-    """(patients, width, records * places): without a copy, where the strides allow it."""
-    own = block.of(values)
-    widths = list(range(2, own.dim() - places))
-    moved = own.permute(0, *widths, 1, *range(own.dim() - places, own.dim()))
-    return moved.reshape(block.patients, math.prod(own.shape[n] for n in widths), -1)
+        """Into or onto (matrices, patients, entries), contiguous: over the positions of all records of a patient."""
+        left, right = (block.of(values).flatten(1, 2).to(out.dtype) for values in (self.left, self.right))
+        span = left.shape[1] - self.reach
+        for offset, matrices in zip(
+            self.offsets, out.unflatten(2, (left.shape[2], right.shape[2])), strict=True
+        ):
+            pair = left[:, offset : offset + span].transpose(1, 2), right[:, :span]
+            if add:
+                matrices.baddbmm_(*pair)
+            else:
+                torch.bmm(*pair, out=matrices)
 
 
 @dataclass(frozen=True)
@@ -89,34 +107,39 @@ class Small:
     """
 
     values: Tensor
-    region: Region = ()
+    place: Place = Place()
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the parameter."""
-        return tuple(self.values.shape[1:])
+    def shape(self) -> tuple[int, int]:
+        """(1, entries)."""
+        return 1, self.values.shape[1]
 
     def write(self, block: Block, out: Tensor, *, add: bool) -> None:
-        """Into or onto (patients, entries)."""
-        _write_sum(block.of(self.values), out, add)
+        """Into or onto (1, patients, entries)."""
+        _write_sum(block.of(self.values), out[0], add)
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """By Opacus's rule, for the records of a block at a time.
+    """By a rule that gives each record's gradient, for the records of a block at a time.
 
     Attributes:
-        shape: of the parameter.
+        entries: of the parameter.
         of: (patients * records, *shape) for a block.
     """
 
-    shape: tuple[int, ...]
+    entries: int
     of: Callable[[Block], Tensor]
-    region: Region = ()
+    place: Place = Place()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(1, entries)."""
+        return 1, self.entries
 
     def write(self, block: Block, out: Tensor, *, add: bool) -> None:
-        """Into or onto (patients, entries)."""
-        _write_sum(self.of(block).reshape(block.patients, block.records, -1), out, add)
+        """Into or onto (1, patients, entries)."""
+        _write_sum(self.of(block).reshape(block.patients, block.records, -1), out[0], add)
 
 
 def _write_sum(own: Tensor, out: Tensor, add: bool) -> None:
@@ -129,9 +152,9 @@ def _write_sum(own: Tensor, out: Tensor, add: bool) -> None:
 
 
 Gradient = Product | Small | Sampled
-# The gradients of a layer's parameters from its input and its output's gradient, first dimension records. Those of
-# parameters that are not trained may be among them.
-Rule = Callable[[Any, Tensor, Tensor], dict[Tensor, Gradient]]
+# The gradients of a layer's parameters from all that it read, with what `REMEMBERED` adds, and its output's gradient,
+# first dimension records. Those of parameters that are not trained may be among them.
+Rule = Callable[[Any, list[Tensor], Tensor, Live], dict[Tensor, Gradient]]
 
 
 # Each record's gradient of a layer's trained parameters, as Opacus's rules give it: from the layer, all that it read
@@ -155,11 +178,13 @@ def has_rule(kind: type[nn.Module]) -> bool:
     return kind in RULES or _sampler(kind) is not None
 
 
-def layer_gradients(layer: nn.Module, inputs: list[Tensor], backprops: Tensor) -> dict[Tensor, Gradient]:
+def layer_gradients(
+    layer: nn.Module, inputs: list[Tensor], backprops: Tensor, live: Live
+) -> dict[Tensor, Gradient]:
     """By the rule for the layer's type, else from each record's gradient; in float32 or better."""
     inputs, backprops = [_wide(value) for value in inputs], _wide(backprops)
     if type(layer) in RULES:
-        return RULES[type(layer)](layer, inputs[0], backprops)
+        return RULES[type(layer)](layer, inputs, backprops, live)
     return _by_record(layer, inputs, backprops)
 
 
@@ -187,39 +212,41 @@ def _by_record(layer: nn.Module, inputs: list[Tensor], backprops: Tensor) -> dic
         return rule(layer, own[:-1], own[-1])
 
     def gradient(p: nn.Parameter) -> Sampled:
-        return Sampled(tuple(p.shape), lambda block: sampled(block)[p])
+        return Sampled(p.numel(), lambda block: sampled(block)[p])
 
     return {p: gradient(p) for p in layer.parameters(recurse=False) if p.requires_grad}
 
 
-def linear(layer: nn.Linear, values: Tensor, backprops: Tensor) -> dict[Tensor, Gradient]:
+def linear(layer: nn.Linear, inputs: list[Tensor], backprops: Tensor, live: Live) -> dict[Tensor, Gradient]:
     """
     Args:
-        values: (records, …, in).
+        inputs: (records, …, in).
         backprops: (records, …, out).
     """
-    outputs, inputs = (v.flatten(1, -2) if v.dim() > 2 else v[:, None] for v in (backprops, values))
+    del live
+    outputs, values = (v.flatten(1, -2) if v.dim() > 2 else v[:, None] for v in (backprops, inputs[0]))
     found: dict[Tensor, Gradient] = {}
     if layer.weight.requires_grad:
-        found[layer.weight] = Product(outputs.transpose(1, 2), inputs.transpose(1, 2))
+        found[layer.weight] = Product(outputs, values)
     if layer.bias is not None and layer.bias.requires_grad:
         found[layer.bias] = Small(outputs.sum(dim=1))
     return found
 
 
-def conv2d(layer: nn.Conv2d, images: Tensor, backprops: Tensor) -> dict[Tensor, Gradient]:
+def conv2d(layer: nn.Conv2d, inputs: list[Tensor], backprops: Tensor, live: Live) -> dict[Tensor, Gradient]:
     """
     Args:
-        images: (records, channels, rows, columns).
+        inputs: (records, channels, rows, columns).
         backprops: (records, width, rows, columns).
     """
+    [images] = inputs
     if layer.groups != 1:
         return _grouped(layer, images, backprops)
     found: dict[Tensor, Gradient] = {}
     if layer.weight.requires_grad:
-        found[layer.weight] = _patches(layer, images, backprops)
+        found[layer.weight] = _kernel(layer, images, backprops, live.get(layer.weight, ()))
     if layer.bias is not None and layer.bias.requires_grad:
-        found[layer.bias] = Small(backprops.flatten(2).sum(dim=2))
+        found[layer.bias] = Small(backprops.sum(dim=(2, 3)))
     return found
 
 
@@ -235,11 +262,11 @@ def _grouped(layer: nn.Conv2d, images: Tensor, backprops: Tensor) -> dict[Tensor
     found: dict[Tensor, Gradient] = {}
     if layer.weight.requires_grad:
         found[layer.weight] = Sampled(
-            tuple(layer.weight.shape),
+            layer.weight.numel(),
             lambda block: _depthwise(layer, *(block.of(v).flatten(0, 1) for v in (images, backprops))),
         )
     if layer.bias is not None and layer.bias.requires_grad:
-        found[layer.bias] = Small(backprops.flatten(2).sum(dim=2))
+        found[layer.bias] = Small(backprops.sum(dim=(2, 3)))
     return found
 
 
@@ -263,39 +290,59 @@ def _depthwise(layer: nn.Conv2d, images: Tensor, backprops: Tensor) -> Tensor:
     return torch.stack(places, dim=2).view(len(images), *layer.weight.shape)
 
 
-def _patches(layer: nn.Conv2d, images: Tensor, backprops: Tensor) -> Product:
-    """Outputs' gradients times a view (records, channels, *kernel, *places) of the padded images.
+def _kernel(layer: nn.Conv2d, images: Tensor, backprops: Tensor, region: Region) -> Product:
+    """Where the kernel moves by one, a matrix (channels, width) for each of its places.
 
-    Where the kernel moves by one, places are those of the padded rows one after the other, so that a patch is copied
-    in one piece: at the end of a row it reads on in the next, where the output's gradient is taken to be zero.
+    Images are read with their channels last. What a place of the kernel meets is then the padded image some positions
+    further, so that nothing is copied: an output's gradient is zero where that lies beyond a row's end.
     """
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    around = layer._reversed_padding_repeated_twice
-    padded = functional.pad(images, around, mode=mode).contiguous()
+    padded = functional.pad(images, layer._reversed_padding_repeated_twice, mode=mode)
+    if layer.stride != (1, 1) or layer.in_channels < FEW_CHANNELS:
+        return _patches(layer, padded.contiguous(), backprops, region)
+    padded = padded.permute(0, 2, 3, 1).contiguous()
+    columns, (down, across) = padded.shape[2], layer.dilation
+    last = (layer.kernel_size[0] - 1) * down, (layer.kernel_size[1] - 1) * across
+    outputs = functional.pad(backprops.permute(0, 2, 3, 1), (0, 0, 0, last[1], 0, last[0])).contiguous()
+    own = [range(size)[part] for size, part in zip(layer.kernel_size, region[2:] or _WHOLE, strict=True)]
+    offsets = tuple(i * down * columns + j * across for i in own[0] for j in own[1])
+    reach = last[0] * columns + last[1]
+    return Product(padded.flatten(1, 2), outputs.flatten(1, 2), Place(region, (2, 3, 1, 0)), offsets, reach)
+
+
+def _patches(layer: nn.Conv2d, padded: Tensor, backprops: Tensor, region: Region) -> Product:
+    """One matrix, (channels, *kernel, width), from what each position meets."""
     record, channel, row, column = padded.stride()
-    kernel = (row * layer.dilation[0], column * layer.dilation[1])
-    places: tuple[int, ...] = tuple(backprops.shape[2:])
-    steps: tuple[int, ...] = (row * layer.stride[0], column * layer.stride[1])
-    region = _live(layer, images, places, around) if mode == "constant" else ()
-    if layer.stride == (1, 1):
-        backprops = functional.pad(backprops, (0, row - places[1]))
-        places, steps = ((places[0] - 1) * row + places[1],), (1,)
-    shape = (*padded.shape[:2], *layer.kernel_size, *places)
-    patches = padded.as_strided(shape, (record, channel, *kernel, *steps), padded.storage_offset())
-    return Product(backprops.flatten(2)[..., : math.prod(places)], patches, len(places), region)
+    shape = (*padded.shape[:2], *layer.kernel_size, *backprops.shape[2:])
+    kernel = row * layer.dilation[0], column * layer.dilation[1]
+    steps = row * layer.stride[0], column * layer.stride[1]
+    patches = padded.as_strided(shape, (record, channel, *kernel, *steps))
+    patches = patches[(slice(None), slice(None), *(region[2:] or _WHOLE))].flatten(4).flatten(1, 3)
+    outputs = backprops.flatten(2).transpose(1, 2)
+    return Product(patches.transpose(1, 2), outputs, Place(region, (1, 2, 3, 0)))
 
 
-def _live(layer: nn.Conv2d, images: Tensor, places: tuple[int, ...], around: list[int]) -> Region:
-    """Of the weights, those that meet anything but zeros, which padded a map smaller than the kernel."""
+def may_be_dead(layer: nn.Conv2d) -> bool:
+    """Whether some of the weights may meet zeros alone."""
+    return layer.groups == 1 and layer.padding_mode == "zeros" and any(layer._reversed_padding_repeated_twice)
+
+
+def live_kernel(layer: nn.Conv2d, size: Sequence[int], places: Sequence[int]) -> Region:
+    """Of the weights of a layer that `may_be_dead`, those that meet anything but zeros, which padded a map smaller than
+    the kernel.
+
+    Args:
+        size: of the maps that the layer reads: rows and columns.
+        places: of those that it writes.
+    """
+    around = layer._reversed_padding_repeated_twice
     # Of rows and of columns: a place's pixel is at place * stride + weight * dilation - padding.
     live = [
         [
             weight
             for weight in range(layer.kernel_size[n])
             if any(
-                0
-                <= place * layer.stride[n] + weight * layer.dilation[n] - around[2 - 2 * n]
-                < images.shape[2 + n]
+                0 <= place * layer.stride[n] + weight * layer.dilation[n] - around[2 - 2 * n] < size[n]
                 for place in range(places[n])
             )
         ]
@@ -304,23 +351,43 @@ def _live(layer: nn.Conv2d, images: Tensor, places: tuple[int, ...], around: lis
     return (slice(None), slice(None), *(slice(own[0], own[-1] + 1) for own in live))
 
 
-def group_norm(layer: nn.GroupNorm, values: Tensor, backprops: Tensor) -> dict[Tensor, Gradient]:
+def group_norm(
+    layer: nn.GroupNorm, inputs: list[Tensor], backprops: Tensor, live: Live
+) -> dict[Tensor, Gradient]:
     """From two sums a channel, as PyTorch's own backward pass takes them.
 
     Args:
-        values: (records, channels, …).
+        inputs: (records, channels, …) and, where the forward pass kept them, each group's mean and the inverse of its
+            deviation, (records, groups).
         backprops: (records, channels, …).
     """
+    del live
+    values, *statistics = inputs
     records, channels = values.shape[:2]
     groups = layer.num_groups
-    _, mean, deviation = torch.native_group_norm(
-        values.contiguous(), None, None, records, channels, values[0, 0].numel(), groups, layer.eps
-    )
-    total = backprops.flatten(2).sum(dim=2)
-    product = (backprops * values).flatten(2).sum(dim=2)
+    if not statistics:
+        _, *statistics = torch.native_group_norm(
+            values.contiguous(), None, None, records, channels, values[0, 0].numel(), groups, layer.eps
+        )
+    mean, inverse = statistics
+    places = tuple(range(2, values.dim()))
+    total = backprops.sum(dim=places)
+    product = (backprops * values).sum(dim=places)
     centred = product.view(records, groups, -1) - mean[:, :, None] * total.view(records, groups, -1)
-    weight = (centred * deviation[:, :, None]).view(records, channels)
+    weight = (centred * inverse[:, :, None]).view(records, channels)
     return {layer.weight: Small(weight), layer.bias: Small(total)}
 
 
+def _group_statistics(layer: nn.GroupNorm, values: Tensor, output: Tensor) -> list[Tensor]:
+    """What autograd keeps of the forward pass, in float32 or better; nothing, where it kept that otherwise."""
+    kept = [getattr(output.grad_fn, name, None) for name in ("_saved_result1", "_saved_result2")]
+    shape, kinds = (len(values), layer.num_groups), (torch.float32, torch.float64)
+    found = [one for one in kept if isinstance(one, Tensor) and one.shape == shape and one.dtype in kinds]
+    return found if len(found) == 2 else []
+
+
 RULES: dict[type[nn.Module], Rule] = {nn.Linear: linear, nn.Conv2d: conv2d, nn.GroupNorm: group_norm}
+# What a rule reads beside what the layer read, from that and what it wrote: first dimension records.
+REMEMBERED: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], list[Tensor]]] = {
+    nn.GroupNorm: _group_statistics
+}

@@ -5,10 +5,8 @@ what they wrote are kept, and blocks of patients are taken from them, so that no
 at once; the backward pass leaves out the batch's gradient, which nobody reads.
 """
 
-import dataclasses
-import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from fedmed.errors import PrivacyError
-from fedmed.privacy.layer_gradients import Block, Gradient, Region, Small, layer_gradients
+from fedmed.privacy.layer_gradients import (
+    REMEMBERED,
+    Block,
+    Gradient,
+    Place,
+    Region,
+    Small,
+    layer_gradients,
+    live_kernel,
+    may_be_dead,
+)
 
 # Entries of gradients that are held at once, but at least one patient's: 128 MB, on an accelerator 1 GB.
 BLOCK_ENTRIES = {"cpu": 2**25, "cuda": 2**28}
 
-# What lies in a row of gradients, one after the other: parts of parameters.
-Layout = list[tuple[nn.Parameter, Region]]
+# What lies in gradients, one after the other: parts of parameters.
+Layout = list[tuple[nn.Parameter, Place]]
 
 
 @dataclass(frozen=True)
@@ -97,10 +105,20 @@ class _Call:
 
 
 class PatientGradients:
-    """A network that remembers what its trainable layers read and wrote, and nothing more: call it as the network."""
+    """A network that remembers what its trainable layers read and wrote, and nothing more: call it as the network.
 
-    def __init__(self, model: nn.Module) -> None:
+    Attributes:
+        live: of parameters that are not wholly live, the part outside of which every patient's gradient is zero.
+    """
+
+    def __init__(self, model: nn.Module, example: Mapping[str, Tensor] | None = None) -> None:
+        """
+        Args:
+            example: inputs of one record or more, of which the shape alone is read: all records' is the same. Without
+                it all parameters are taken to be live.
+        """
         self._model = model
+        self.live = {} if example is None else _live(model, example)
         self._calls: list[_Call] = []
         trainable = (
             module
@@ -120,9 +138,12 @@ class PatientGradients:
 
     def _remember(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         if torch.is_grad_enabled():
-            self._calls.append(_Call(module, [value.detach() for value in inputs], output))
+            read = [value.detach() for value in inputs]
+            if type(module) in REMEMBERED:
+                read += REMEMBERED[type(module)](module, read[0], output)
+            self._calls.append(_Call(module, read, output))
 
-    def combine(self, losses: Tensor, patient_of_record: Tensor) -> Iterator[tuple[Tensor, Layout]]:
+    def combine(self, losses: Tensor, patient_of_record: Tensor) -> Iterator[tuple[list[Tensor], Layout]]:
         """Each patient's gradient of the mean loss over the records that it has here, some patients at a time.
 
         The order of the patients is not that of their numbers. What the layout leaves out is zero.
@@ -132,7 +153,8 @@ class PatientGradients:
             patient_of_record: (records,) int64, numbers from 0, on the host.
 
         Yields:
-            (patients, entries), where the next block is written over it, and what lies there, one object for all.
+            parts, each (pieces, patients, entries), where the next block is written over them, and what lies there,
+            piece by piece, one object for all.
 
         Raises:
             PrivacyError: a layer works in place on what a trainable one read or wrote, or the first dimension of
@@ -147,35 +169,50 @@ class PatientGradients:
             call.check(len(losses))
         outputs = torch.autograd.grad(mean, [call.output for call in calls], allow_unused=True)
         found: dict[Tensor, list[Gradient]] = {}
-        for call, gradient in zip(calls, outputs, strict=True):
-            if gradient is None:
-                continue
-            inputs = [owners.ordered(value) for value in call.inputs]
-            for p, own in layer_gradients(call.module, inputs, owners.ordered(gradient)).items():
-                found.setdefault(p, []).append(own)
+        with torch.no_grad():
+            for call, gradient in zip(calls, outputs, strict=True):
+                if gradient is None:
+                    continue
+                inputs = [owners.ordered(value) for value in call.inputs]
+                own = layer_gradients(call.module, inputs, owners.ordered(gradient), self.live)
+                for p, one in own.items():
+                    found.setdefault(p, []).append(one)
         return self._blocks(owners, {p: found[p] for p in self.parameters if p in found}, losses.device)
 
     @torch.no_grad()
     def _blocks(
         self, owners: Owners, found: dict[nn.Parameter, list[Gradient]], device: torch.device
-    ) -> Iterator[tuple[Tensor, Layout]]:
-        parts = _parts(found)
-        layout = [(p, gradients[0].region) for p, gradients in parts]
-        sizes = [math.prod(gradients[0].shape) for _, gradients in parts]
-        entries = sum(sizes)
+    ) -> Iterator[tuple[list[Tensor], Layout]]:
+        small = {p: own[0] for p, own in found.items() if len(own) == 1 and isinstance(own[0], Small)}
+        large = {p: own for p, own in found.items() if p not in small}
+        layout = [(p, own[0].place) for p, own in large.items()] + [
+            (p, own.place) for p, own in small.items()
+        ]
+        jobs = list(large.values())
+        if small:
+            # Written at once.
+            jobs.append([Small(torch.cat([own.values for own in small.values()], dim=1))])
+        if any(one.place != own[0].place or one.shape != own[0].shape for own in jobs for one in own):
+            raise PrivacyError("convolutions of different strides share their weights; give each its own")
+        shapes = [gradients[0].shape for gradients in jobs]
+        entries = sum(map(math.prod, shapes))
         most = max(1, BLOCK_ENTRIES.get(device.type, BLOCK_ENTRIES["cuda"]) // max(1, entries))
         needed = entries * max((block.patients for block in owners.blocks(most)), default=0)
         # Kept from step to step: fresh pages cost as much as what is written to them.
         if self._held is None or self._held.numel() < needed:
             dtype = torch.promote_types(torch.float32, self.parameters[0].dtype)
             self._held = torch.empty(needed, dtype=dtype, device=device)
-        jobs = _merged(sizes, [gradients for _, gradients in parts])
         for block in owners.blocks(most):
-            held = self._held[: block.patients * entries].view(block.patients, entries)
-            for columns, gradients in jobs:
+            sizes = [block.patients * math.prod(shape) for shape in shapes]
+            flat = self._held[: sum(sizes)].split(sizes)
+            parts = [
+                own.view(pieces, block.patients, width)
+                for own, (pieces, width) in zip(flat, shapes, strict=True)
+            ]
+            for part, gradients in zip(parts, jobs, strict=True):
                 for number, gradient in enumerate(gradients):
-                    gradient.write(block, held[:, columns], add=number > 0)
-            yield held, layout
+                    gradient.write(block, part, add=number > 0)
+            yield parts, layout
 
     def close(self) -> None:
         """Leave the network as it was."""
@@ -184,28 +221,33 @@ class PatientGradients:
         self._calls = []
 
 
-def _parts(found: dict[nn.Parameter, list[Gradient]]) -> list[tuple[nn.Parameter, list[Gradient]]]:
-    """Small ones last; those that are added up with a region in common, which is everywhere."""
-    whole = {
-        p: [dataclasses.replace(own, region=()) for own in gradients] if len(gradients) > 1 else gradients
-        for p, gradients in found.items()
-    }
-    return sorted(whole.items(), key=lambda part: _is_small(part[1]))
+@torch.no_grad()
+def _live(model: nn.Module, example: Mapping[str, Tensor]) -> dict[Tensor, Region]:
+    """Of kernels larger than the maps they meet; by one pass of zeros, so that nothing of the data is in it."""
+    found: dict[Tensor, list[Region]] = {}
 
+    def see(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(layer, nn.Conv2d)
+        found.setdefault(layer.weight, []).append(live_kernel(layer, inputs[0].shape[2:], output.shape[2:]))
 
-def _is_small(gradients: list[Gradient]) -> bool:
-    return len(gradients) == 1 and isinstance(gradients[0], Small)
-
-
-def _merged(sizes: list[int], found: list[list[Gradient]]) -> list[tuple[slice, list[Gradient]]]:
-    """Which columns are written by what: the small ones, which are last, at once."""
-    ends = itertools.accumulate(sizes, initial=0)
-    jobs = [(slice(*pair), own) for pair, own in zip(itertools.pairwise(ends), found, strict=True)]
-    small = [
-        gradient.values for own in found if _is_small(own) for gradient in own if isinstance(gradient, Small)
+    hooks = [
+        module.register_forward_hook(see)
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d) and module.weight.requires_grad and may_be_dead(module)
     ]
-    if small:
-        jobs = jobs[: -len(small)]
-        together = torch.cat(small, dim=1)
-        jobs.append((slice(sum(sizes) - together.shape[1], sum(sizes)), [Small(together)]))
-    return jobs
+    try:
+        if hooks:
+            model(**{name: values.new_zeros(1, *values.shape[1:]) for name, values in example.items()})
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {p: _hull(p, regions) for p, regions in found.items()}
+
+
+def _hull(p: Tensor, regions: list[Region]) -> Region:
+    """The smallest region that holds them all."""
+    ranges = [[range(size)[own] for size, own in zip(p.shape, region, strict=True)] for region in regions]
+    return tuple(
+        slice(min(own.start for own in side), max(own.stop for own in side))
+        for side in zip(*ranges, strict=True)
+    )

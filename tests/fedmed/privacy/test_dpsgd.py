@@ -20,6 +20,7 @@ from fedmed.privacy.dpsgd import (
     private_step,
 )
 from fedmed.privacy.gaussian import BLOCK, bytes_for
+from fedmed.privacy.layer_gradients import Place
 from fedmed.privacy.patient_gradients import PatientGradients
 from fedmed.privacy.randomness import RandomSource, seeded
 from tests.fedmed.models import encoders
@@ -231,7 +232,7 @@ def clipped_norm(gradients: Tensor, patients: Tensor, number: int) -> Tensor:
     counts = torch.bincount(patients, minlength=number)
     combined = torch.zeros(number, gradients.shape[1])
     combined.index_add_(0, patients, gradients / counts[patients, None])
-    optimizer.accumulate(combined, [(layer.weight, ())])
+    optimizer.accumulate([combined[None]], [(layer.weight, Place())])
     return optimizer.noised(optimizer.cells()).float()
 
 
@@ -314,11 +315,57 @@ def test_sum_and_noise_are_added_as_integers() -> None:
     layer = nn.Linear(4096, 1, bias=False).double()
     plan = make(sample_rate=1.0, declared_size=1, max_grad_norm=CLIP, noise_multiplier=2.0)
     optimizer = PatientOptimizer(SGD(layer.parameters(), lr=1.0), plan=plan, source=seeded(12))
-    optimizer.accumulate(torch.randn(3, 4096), [(layer.weight, ())])
+    optimizer.accumulate([torch.randn(1, 3, 4096)], [(layer.weight, Place())])
     cells = optimizer.cells()
     assert cells.dtype == torch.int64
     expected = (cells.numpy() + plan.grid.noise(4096, seeded(12))) * plan.grid.cell
     assert np.array_equal(optimizer.noised(cells).numpy(), expected)
+
+
+class Small(nn.Module):
+    """Maps of one pixel: of each kernel its centre alone is live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Conv2d(8, 4, 3, padding=1), nn.Linear(4, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.layer(images)).flatten(1)).squeeze(1)
+
+
+def one_step(wrapped: PatientGradients, optimizer: PatientOptimizer, patients: int) -> None:
+    chunks = [(wrapped(images=torch.rand(patients, 8, 1, 1)), torch.arange(patients))] if patients else []
+    private_step(wrapped, optimizer, chunks)
+
+
+@pytest.mark.parametrize("patients", [0, 1, 20])
+def test_which_weights_move_does_not_depend_on_who_was_drawn(patients: int) -> None:
+    """Noise falls on what is live, in a step without anybody too, and on nothing else."""
+    torch.manual_seed(0)
+    model = Small()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    wrapped = PatientGradients(model, {"images": torch.zeros(0, 8, 1, 1)})
+    source, plan = seeded(5), make(max_grad_norm=CLIP, noise_multiplier=2.0)
+    drawn: list[int] = []
+    counting = RandomSource(lambda size: drawn.append(size) or source.read(size), private=False)  # type: ignore[func-returns-value]
+    optimizer = PatientOptimizer(
+        SGD(model.parameters(), lr=1.0, weight_decay=0.0), plan=plan, source=counting, live=wrapped.live
+    )
+    one_step(wrapped, optimizer, patients)
+    moved = {name: p.detach() != before[name] for name, p in model.named_parameters()}
+    assert moved["layer.weight"][:, :, 1, 1].all()
+    assert int(moved["layer.weight"].sum()) == 4 * 8
+    assert all(moved[name].all() for name in ("layer.bias", "head.weight", "head.bias"))
+    assert sum(drawn) == bytes_for(2 * (4 * 8 + 4 + 4 + 1))
+
+
+def test_noise_elsewhere_than_the_gradients_is_refused() -> None:
+    """An empty step would move other weights than one with patients, and so say that it was empty."""
+    model = Small()
+    wrapped = PatientGradients(model, {"images": torch.zeros(1, 8, 1, 1)})
+    optimizer = PatientOptimizer(SGD(model.parameters(), lr=1.0), plan=make(), source=seeded(1))
+    with pytest.raises(PrivacyError, match="elsewhere than the noise"):
+        one_step(wrapped, optimizer, 2)
 
 
 def test_splitting_a_batch_does_not_change_it() -> None:
@@ -341,7 +388,7 @@ def test_a_sum_does_not_depend_on_how_the_batch_was_split() -> None:
             SGD(layer.parameters(), lr=1.0), plan=make(max_grad_norm=CLIP), source=seeded(1)
         )
         for piece in gradients.split(size):
-            optimizer.accumulate(piece, [(layer.weight, ())])
+            optimizer.accumulate([piece[None]], [(layer.weight, Place())])
         sums.append(optimizer.cells())
         floats.append(torch.stack([piece.sum(dim=0) for piece in gradients.split(size)]).sum(dim=0))
     assert torch.equal(sums[0], sums[1])
@@ -356,9 +403,9 @@ def test_more_patients_than_a_sum_can_hold_are_refused_across_pieces() -> None:
     plan = make(noise_multiplier=2.0**-41, declared_size=1)
     optimizer = PatientOptimizer(SGD(layer.parameters(), lr=1.0), plan=plan, source=seeded(1))
     for _ in range(3):
-        optimizer.accumulate(torch.ones(1, 2), [(layer.weight, ())])
+        optimizer.accumulate([torch.ones(1, 1, 2)], [(layer.weight, Place())])
     with pytest.raises(PrivacyError, match="sum of 4 gradients would overflow"):
-        optimizer.accumulate(torch.ones(1, 2), [(layer.weight, ())])
+        optimizer.accumulate([torch.ones(1, 1, 2)], [(layer.weight, Place())])
 
 
 def test_noise_in_the_weights_has_the_variance_that_is_accounted() -> None:

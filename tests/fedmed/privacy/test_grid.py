@@ -139,14 +139,16 @@ def test_the_sum_is_exact_whatever_the_order_and_the_pieces() -> None:
 def test_a_patient_s_norm_does_not_depend_on_who_is_beside_it() -> None:
     """To the last bit: else one entry in 10^10 would be truncated to another cell when a batch is split."""
     torch.manual_seed(3)
-    for entries in (1, 17, PIECE, 5_000, CACHED_ENTRIES + 5):
-        gradients = torch.randn(9, entries)
-        together = norm_bounds(gradients)
-        assert torch.equal(together, torch.cat([norm_bounds(g[None]) for g in gradients]))
-        assert torch.equal(together[2:5], norm_bounds(gradients[2:5]))
-        # Nor on where it lies in memory.
-        apart = torch.empty(9, entries + 3)[:, 1:-2]
-        assert torch.equal(together, norm_bounds(apart.copy_(gradients)))
+    for entries in (1, 17, PIECE, 3_456, 5_003, CACHED_ENTRIES + 5):
+        for pieces in (1, 9):
+            gradients = torch.randn(pieces, 9, entries)
+            together = norm_bounds([gradients])
+            alone = [norm_bounds([gradients[:, n : n + 1]]) for n in range(9)]
+            assert torch.equal(together, torch.cat(alone))
+            assert torch.equal(together[2:5], norm_bounds([gradients[:, 2:5]]))
+            # Nor on where it lies in memory.
+            apart = torch.empty(pieces, 9, entries + 3)[..., 1:-2]
+            assert torch.equal(together, norm_bounds([apart.copy_(gradients)]))
 
 
 @pytest.mark.parametrize("entries", [1, PIECE - 1, 3 * PIECE + 7, 200_000])
@@ -159,10 +161,11 @@ def test_a_norm_is_bounded_from_above_and_closely(entries: int) -> None:
             row = torch.tensor(values, dtype=torch.float32)
             # Exact: a float32 is a whole number of 2^-149.
             square = sum(int(math.ldexp(x, 149)) ** 2 for x in row.tolist())
-            bound = Fraction(norm_bounds(row[None]).item()) * 2**149
-            assert bound * bound >= square
-            if magnitude > 1e-13:
-                assert bound * bound <= square * (1 + Fraction(1, 25_000))
+            for parts in ([row[None, None]], [half[None, None] for half in row.chunk(2)]):
+                bound = Fraction(norm_bounds(parts).item()) * 2**149
+                assert bound * bound >= square
+                if magnitude > 1e-13:
+                    assert bound * bound <= square * (1 + Fraction(1, 25_000))
 
 
 def test_float32_is_left_where_it_cannot_hold_the_cells() -> None:
@@ -173,7 +176,7 @@ def test_float32_is_left_where_it_cannot_hold_the_cells() -> None:
     for noise, narrow in ((1.0, True), (2.0**-4, True), (2.0**-5, False), (2.0**-30, False)):
         own = grid(noise_multiplier=noise, max_grad_norm=1.0)
         total = ClippedSum(40, grid=own, device=torch.device("cpu"))
-        total.add(gradients)
+        total.add([gradients[None]])
         assert (total._quotients.dtype == torch.float32) == narrow
         expected = gradients[:, 0].double().sum().item() * own.bound
         assert abs(total.cells()[0].item() - expected) <= 5 + 5 * 2e-5 * own.bound
@@ -282,11 +285,11 @@ def test_a_sum_stays_exact_however_many_pieces_one_step_adds(monkeypatch: pytest
     def summed(size: int) -> Tensor:
         total = ClippedSum(3, grid=own, device=torch.device("cpu"))
         for piece in gradients.split(size):
-            total.add(piece)
+            total.add([piece[None]])
         return total.cells()
 
     for size in (1, 3, 16, 17, 99):
         assert torch.equal(summed(size), expected)
     # The deliberately broken variant: more than float32 holds.
     monkeypatch.setattr("fedmed.privacy.clipping.EXACT", 2**30)
-    assert not torch.equal(summed(3), expected)
+    assert not torch.equal(summed(99), expected)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from fedmed.errors import PrivacyError
 from fedmed.models.row_linear import RowLinear
 from fedmed.privacy import patient_gradients
-from fedmed.privacy.layer_gradients import RULES
+from fedmed.privacy.layer_gradients import REMEMBERED, RULES
 from fedmed.privacy.patient_gradients import Owners, PatientGradients
 
 # Unordered, of 1 to 3 records; number 4 is nobody's.
@@ -63,15 +63,18 @@ def assert_same_patients(found: Tensor, expected: Tensor) -> None:
 def combined(wrapped: PatientGradients, losses: Tensor, patients: Tensor = PATIENTS) -> Tensor:
     """(patients, entries of all parameters in their order), whatever the blocks and whatever they leave out."""
     rows = []
-    for block, layout in wrapped.combine(losses, patients):
-        whole = {p: torch.zeros(len(block), *p.shape) for p in wrapped.parameters}
+    for parts, layout in wrapped.combine(losses, patients):
+        number = parts[0].shape[1]
+        flat = torch.cat([part.movedim(1, 0).flatten(1) for part in parts], dim=1)
+        whole = {p: torch.zeros(number, *p.shape) for p in wrapped.parameters}
         first = 0
-        for p, region in layout:
-            part = whole[p][(slice(None), *region)]
-            entries = part[0].numel()
-            part.copy_(block[:, first : first + entries].view(part.shape))
+        for p, place in layout:
+            entries = place.of(p).numel()
+            for patient, values in zip(whole[p], flat[:, first : first + entries], strict=True):
+                part = place.of(patient)
+                part.copy_(values.view(part.shape))
             first += entries
-        assert first == block.shape[1]
+        assert first == flat.shape[1]
         rows.append(torch.cat([own.flatten(1) for own in whole.values()], dim=1))
     return torch.cat(rows)
 
@@ -82,7 +85,8 @@ def combined(wrapped: PatientGradients, losses: Tensor, patients: Tensor = PATIE
      {"padding": "valid"}, {"padding": "same"}, {"padding": 1, "padding_mode": "reflect"},
      {"channels": 4, "groups": 4, "padding": (2, 1)}, {"last": True, "groups": 2},
      {"channels": 4, "groups": 4, "stride": (2, 1), "dilation": (1, 2), "padding": 2, "last": True},
-     {"last": True, "stride": 2}],
+     {"last": True, "stride": 2}, {"channels": 8}, {"channels": 9, "dilation": (1, 2), "padding": (2, 1)},
+     {"channels": 8, "padding": 1, "padding_mode": "reflect", "last": True}, {"channels": 8, "stride": (2, 1)}],
 )  # fmt: skip
 @pytest.mark.parametrize(
     "frozen", [(), ("first.weight", "tokens.bias"), ("first.bias", "head.weight", "norm.bias")]
@@ -174,6 +178,20 @@ def test_owners_group_patients_by_their_number_of_records(most: int) -> None:
     assert sorted(seen) == [0, 1, 2, 3, 5]
 
 
+class Maps(nn.Module):
+    """One convolution; with `twice` of the images side by side as well."""
+
+    def __init__(self, channels: int, *, twice: bool, **options: object) -> None:
+        super().__init__()
+        self.layer, self.twice = nn.Conv2d(channels, 1, 3, bias=False, **options), twice  # type: ignore[arg-type]
+
+    def forward(self, images: Tensor) -> Tensor:
+        found = self.layer(images).tanh().sum(dim=(1, 2, 3))
+        if self.twice:
+            found = found + self.layer(images.repeat(1, 1, 3, 3)).tanh().sum(dim=(1, 2, 3))
+        return found
+
+
 @pytest.mark.parametrize(
     ("size", "options", "entries"),
     [((1, 1), {"padding": 1}, 1), ((2, 1), {"padding": 1}, 3), ((2, 2), {"padding": 1}, 9),
@@ -181,28 +199,73 @@ def test_owners_group_patients_by_their_number_of_records(most: int) -> None:
      ((3, 3), {"padding": 1, "padding_mode": "reflect"}, 9)],
 )  # fmt: skip
 @pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("channels", [1, 8])
 def test_weights_that_meet_padding_alone_are_left_out(
-    size: tuple[int, int], options: dict, entries: int, twice: bool
+    size: tuple[int, int], options: dict, entries: int, twice: bool, channels: int
 ) -> None:
     """Of a map smaller than the kernel; but not where another call of the layer meets them."""
+    torch.manual_seed(0)
+    model = Maps(channels, twice=twice, **options)
+    images, weights = torch.randn(len(PATIENTS), channels, *size), torch.rand(len(PATIENTS))
+    # What decides is the shape: of nobody's record, too.
+    wrapped = PatientGradients(model, {"images": images[:0]})
+    parts, _ = next(wrapped.combine(wrapped(images=images) * weights, PATIENTS))
+    assert sum(part[:, 0].numel() for part in parts) == channels * (9 if twice else entries)
+    expected = expected_gradients(model, wrapped.parameters, images, weights)
+    assert_same_patients(combined(wrapped, wrapped(images=images) * weights), expected)
+    wrapped.close()
+    # Without an example nothing is known, and nothing left out.
+    wrapped = PatientGradients(model)
+    assert not wrapped.live
+    assert_same_patients(combined(wrapped, wrapped(images=images) * weights), expected)
+    wrapped.close()
+    assert not any(module._forward_hooks for module in model.modules())
 
-    class Maps(nn.Module):
+
+def test_what_is_live_does_not_depend_on_the_data() -> None:
+    """Not on values, nor on who was drawn: else the weights that move would tell."""
+    model = Maps(8, twice=False, padding=1)
+    seen = [
+        PatientGradients(model, {"images": values}).live[model.layer.weight]
+        for values in (torch.zeros(3, 8, 1, 2), torch.full((1, 8, 1, 2), torch.nan), torch.ones(0, 8, 1, 2))
+    ]
+    assert seen == [(slice(0, 1), slice(0, 8), slice(1, 2), slice(0, 3))] * 3
+
+
+def test_a_group_s_statistics_are_those_of_the_forward_pass_or_made_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    model = Network(nn.Conv2d(2, 4, 3))
+    images, weights = torch.randn(len(PATIENTS), 2, 6, 6), torch.rand(len(PATIENTS))
+    wrapped = PatientGradients(model)
+    kept = combined(wrapped, wrapped(images=images) * weights)
+    assert [len(call.inputs) for call in calls_of(wrapped, nn.GroupNorm, images)] == [3]
+    monkeypatch.setitem(REMEMBERED, nn.GroupNorm, lambda *_: [])
+    assert [len(call.inputs) for call in calls_of(wrapped, nn.GroupNorm, images)] == [1]
+    assert torch.allclose(combined(wrapped, wrapped(images=images) * weights), kept, atol=1e-6)
+
+
+def calls_of(wrapped: PatientGradients, kind: type, images: Tensor) -> list[patient_gradients._Call]:
+    """What was remembered of layers of that kind."""
+    wrapped(images=images)
+    return [call for call in wrapped._calls if type(call.module) is kind]
+
+
+def test_layers_that_lay_out_one_weight_in_two_ways_are_refused() -> None:
+    class Shared(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layer = nn.Conv2d(1, 1, 3, bias=False, **options)
+            self.one, self.two = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, stride=2)
+            self.two.weight = self.one.weight
 
         def forward(self, images: Tensor) -> Tensor:
-            found = self.layer(images).tanh().sum(dim=(1, 2, 3))
-            return found + self.layer(images.repeat(1, 1, 3, 3)).tanh().sum(dim=(1, 2, 3)) if twice else found
+            return self.one(images).sum(dim=(1, 2, 3)) + self.two(images).sum(dim=(1, 2, 3))
 
-    torch.manual_seed(0)
-    model = Maps()
-    wrapped = PatientGradients(model)
-    images, weights = torch.randn(len(PATIENTS), 1, *size), torch.rand(len(PATIENTS))
-    block, _ = next(wrapped.combine(wrapped(images=images) * weights, PATIENTS))
-    assert block.shape[1] == (9 if twice else entries)
-    got = combined(wrapped, wrapped(images=images) * weights)
-    assert_same_patients(got, expected_gradients(model, wrapped.parameters, images, weights))
+    wrapped = PatientGradients(Shared())
+    losses = wrapped(images=torch.randn(2, 8, 5, 5))
+    with pytest.raises(PrivacyError, match="give each its own"):
+        next(wrapped.combine(losses, torch.tensor([0, 1])))
 
 
 class Wide(nn.Module):
@@ -219,7 +282,8 @@ def test_no_more_than_a_block_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     wrapped = PatientGradients(Wide())
     monkeypatch.setitem(patient_gradients.BLOCK_ENTRIES, "cpu", 2 * 50 * 51)
     sizes = [
-        len(b) for b in wrapped.combine(wrapped(images=torch.randn(40, 50)).sum(dim=1), torch.arange(40))
+        parts[0].shape[1]
+        for parts, _ in wrapped.combine(wrapped(images=torch.randn(40, 50)).sum(dim=1), torch.arange(40))
     ]
     assert sizes == [2] * 20
     assert wrapped._held is not None
