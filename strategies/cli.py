@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedmed.cli.loading import loading
 from fedmed.cli.privacy import app as privacy
 from strategies.coordinator.cli import add_commands as add_coordinator
 from strategies.coordinator.runs_cli import add_commands as add_runs
@@ -152,13 +153,14 @@ def _check(config: "RunConfig", *, records: bool = True) -> list[str]:
     Returns:
         What a person should know of the data: one sentence for each reason that left records out.
     """
-    from fedmed.data.readers import check_site, sites_in
-    from fedmed.errors import ConfigError
-    from fedmed.model import ImageModelConfig
-    from fedmed.models.loading import check_digest, locate, preprocessor_of
-    from fedmed.privacy.histogram import metrics_plans
-    from fedmed.privacy.plan import make_plan
-    from fedmed.tracking import check
+    with loading():
+        from fedmed.data.readers import check_site, sites_in
+        from fedmed.errors import ConfigError
+        from fedmed.model import ImageModelConfig
+        from fedmed.models.loading import check_digest, locate, preprocessor_of
+        from fedmed.privacy.histogram import metrics_plans
+        from fedmed.privacy.plan import make_plan
+        from fedmed.tracking import check
 
     elsewhere = config.federation.kind == "consortium"
     # A run of a consortium goes on without MLflow, and its figures are sent later.
@@ -275,16 +277,17 @@ def _run_local(config: "RunConfig", overrides: list[str]) -> None:
     """Run the two apps in this process and in workers forked from it."""
     # Read when torch is imported: one thread a process, or the processes fight over the cores.
     os.environ["OMP_NUM_THREADS"] = "1"
-    print("loading torch …", file=sys.stderr, flush=True)
-    from fedmed.flower.in_process import load_object, run_in_process
-    from strategies.server_app import app
+    with loading("torch"):
+        from fedmed.flower.in_process import load_object, run_in_process
+        from strategies.server_app import app
 
+        client_app = load_object(CLIENT_APP)
     sites = list(config.task.declared_sizes)
     workers = config.federation.workers or min(os.cpu_count() or 1, len(sites))
     folder = config.federation.sites
     run_in_process(
         app,
-        load_object(CLIENT_APP),
+        client_app,
         nodes=[{"site-folder": str(Path(folder, site).absolute())} if folder else {} for site in sites],
         workers=workers,
         run_config={"overrides": shlex.join(overrides)},

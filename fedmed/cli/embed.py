@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedmed.cli.loading import loading
+
 if TYPE_CHECKING:
     from fedmed.embed import Progress
 
@@ -66,8 +68,8 @@ def embed(
         from fedmed.models.loading import check_digest, locate
 
         check_digest(config.model, locate(config.model))
-    print("loading torch …", file=sys.stderr, flush=True)
-    from fedmed.models.activations import at_home
+    with loading("torch"):
+        from fedmed.models.activations import at_home
 
     with _bar() as progress:
         made = made_of(

@@ -1,5 +1,7 @@
 """The root command: finds the commands, and turns every failure into one line and an exit code."""
 
+import atexit
+import gc
 import os
 import re
 import sys
@@ -54,6 +56,8 @@ def main() -> None:
     """Run a command. Exit codes: 0 done, 1 failed, 2 a wrong setting or input, 130 interrupted."""
     defaulted.update(QUIET.keys() - os.environ.keys())
     os.environ.update({name: QUIET[name] for name in defaulted})
+    # The last search for garbage, among all that torch has made, would take a second.
+    atexit.register(gc.freeze)
     try:
         # Standalone, click would print three lines for a wrong option.
         code = typer.main.get_command(build_app()).main(prog_name="fedmed", standalone_mode=False)
