@@ -26,7 +26,8 @@ MIDDLE, SCALE = 0.5, 4.0
 
 class CnnClassifier(Classifier):
     """Four blocks of convolution, GroupNorm and ReLU with pooling between them; the mean over what is left of the
-    image; a head. The image's size matters to that mean alone, so that one adapter fits every size.
+    image; a head. The image's size matters to that mean alone, so that one adapter fits every size; in maps smaller
+    than a kernel its outer weights meet padding alone, and stay as they were (`PatientGradients.live`).
     """
 
     def __init__(self, task: ImageTaskConfig, model: CnnModelConfig, adapter: AdapterConfig) -> None:

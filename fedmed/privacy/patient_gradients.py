@@ -50,6 +50,10 @@ class Owners:
     @classmethod
     def of(cls, patient_of_record: Tensor) -> "Owners":
         """From any numbering of the patients, (records,) int64, on the host."""
+        patients = len(patient_of_record)
+        if patients and torch.equal(patient_of_record, torch.arange(patients)):
+            # One record each, as in most batches.
+            return cls(torch.ones_like(patient_of_record), None, [(patients, 1)])
         own = torch.bincount(patient_of_record)
         counts = own[patient_of_record]
         order = torch.argsort(counts * len(own) + patient_of_record, stable=True)

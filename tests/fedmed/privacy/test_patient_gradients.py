@@ -192,6 +192,13 @@ class Maps(nn.Module):
         return found
 
 
+@pytest.mark.parametrize("numbers", [[0], [0, 1, 2, 3], [1, 0, 2], [0, 2, 4]])
+def test_patients_of_one_record_stay_as_they_are(numbers: list[int]) -> None:
+    owners = Owners.of(torch.tensor(numbers))
+    assert (owners.groups, owners.counts.tolist()) == ([(len(numbers), 1)], [1] * len(numbers))
+    assert owners.ordered(torch.tensor(numbers)).tolist() == sorted(numbers)
+
+
 @pytest.mark.parametrize(
     ("size", "options", "entries"),
     [((1, 1), {"padding": 1}, 1), ((2, 1), {"padding": 1}, 3), ((2, 2), {"padding": 1}, 9),
