@@ -130,10 +130,7 @@ class PatientGradients:
             if any(p.requires_grad for p in module.parameters(recurse=False))
         )
         self._hooks = [module.register_forward_hook(self._remember) for module in trainable]
-        # Vectors last: they are written at once.
-        self.parameters = sorted(
-            (p for p in model.parameters() if p.requires_grad), key=lambda p: p.dim() < 2
-        )
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self._held: Tensor | None = None
 
     def __call__(self, **inputs: Tensor) -> Tensor:
