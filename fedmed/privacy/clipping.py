@@ -7,9 +7,12 @@ stays below. Where it is not (a noise multiplier below 1/16, gradients of float6
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fedmed.privacy.block_gradients import BlockGradients
+from fedmed.privacy.gaussian import draw_cells
 from fedmed.privacy.grid import Grid
 from fedmed.privacy.randomness import RandomSource
 
@@ -37,21 +40,35 @@ class ClippedSum:
         self._narrow_patients = int(EXACT // grid.bound) if 1e-30 < grid.cell < 1e30 else 0
         self._quotients = torch.empty(0, device=device)
 
-    def add(self, gradients: list[Tensor]) -> None:
-        """Add patients.
-
-        Args:
-            gradients: parts of a patient's gradient, each (pieces, patients, entries) float32 or float64.
+    def add(self, gradients: BlockGradients) -> None:
+        """Add a block's patients.
 
         Raises:
             PrivacyError: they are more than `grid.most_patients`, with those before.
         """
-        patients = gradients[0].shape[1]
-        self._patients += patients
+        self._patients += gradients.patients
         self._grid.check_fits(self._patients)
-        if patients == 0:
+        if gradients.patients == 0:
             return
-        narrow = self._narrow_patients > 0 and all(part.dtype == torch.float32 for part in gradients)
+        narrow = self._narrow_patients > 0 and gradients.dtype == torch.float32
+        if narrow and gradients.device.type == "cpu":
+            self._add_compiled(gradients)
+        else:
+            self._add(gradients.computed(), narrow)
+
+    def _add_compiled(self, gradients: BlockGradients) -> None:
+        # Half a second to load, which nobody else need spend.
+        from fedmed.privacy.jobs import Jobs
+
+        lost, error = norm_error(gradients.entries, torch.float32)
+        Jobs(gradients).add_clipped(
+            self._total.numpy(), bound=self._grid.bound, cell=self._grid.cell, slack=_slack(torch.float32),
+            piece=PIECE, lost=lost, error=error, most=self._narrow_patients,
+        )  # fmt: skip
+
+    def _add(self, gradients: list[Tensor], narrow: bool) -> None:
+        """Add parts, each (pieces, patients, entries); narrow where float32 holds their cells."""
+        patients = gradients[0].shape[1]
         gradients = gradients if narrow else [part.double() for part in gradients]
         norms = norm_bounds(gradients)
         finite = torch.isfinite(norms)
@@ -59,13 +76,12 @@ class ClippedSum:
         if norms.is_cuda or not bool(finite.all()):
             gradients = [part.masked_fill(~finite[:, None], 0) for part in gradients]
             norms = norms.masked_fill(~finite, 0)
-        # A quotient is rounded once, and so is what it is divided by.
-        slack = 1 + 2 * torch.finfo(gradients[0].dtype).eps
-        cells = (norms / self._grid.bound).clamp(min=self._grid.cell) * slack
-        cells = cells.to(gradients[0].dtype)[:, None]
+        kind = gradients[0].dtype
+        cells = (norms / self._grid.bound).clamp(min=self._grid.cell) * _slack(kind)
+        cells = cells.to(kind)[:, None]
         step = self._narrow_patients if narrow else patients
-        kind = torch.float32 if narrow else torch.int64
-        summed = torch.empty(len(self._total), dtype=kind, device=cells.device)
+        total_kind = torch.float32 if narrow else torch.int64
+        summed = torch.empty(len(self._total), dtype=total_kind, device=cells.device)
         for first in range(0, patients, step):
             rows = slice(first, first + step)
             self._sum([part[:, rows] for part in gradients], cells[rows], summed)
@@ -103,26 +119,38 @@ def _cached(part: Tensor, most: int) -> Iterator[Tensor]:
         yield from row.split(most // patients, dim=2)
 
 
+def _slack(dtype: torch.dtype) -> float:
+    """What makes a cell larger: the quotient is rounded once, and so is what an entry is divided by."""
+    return 1 + 2 * torch.finfo(dtype).eps
+
+
+def norm_error(entries: int, dtype: torch.dtype) -> tuple[float, float]:
+    """What rounding may take from a norm: from the sum of the squares, then, relative, from its root.
+
+    Squares of a piece that are added in any order are off by a relative (`PIECE` + 3) * u at most, u the unit roundoff
+    (Higham 2002, section 4.2), half of that after the root; a product or partial sum below the smallest normal number
+    may be lost.
+    """
+    numbers = torch.finfo(dtype)
+    error = (PIECE / 2 + 16) * numbers.eps / 2 + (entries + 16) * 2.0**-53
+    return 2 * entries * numbers.tiny, error
+
+
 def norm_bounds(gradients: list[Tensor]) -> Tensor:
     """(patients,) float64: no less than the L2 norm of all that a patient has, 1.6e-5 of it more for float32.
 
-    A patient's bits do not tell what is beside it. Squares of a piece that are added in any order, each with its root,
-    are off by a relative (`PIECE` + 3) * u at most, u the unit roundoff (Higham 2002, section 4.2), half of that
-    after the root; a product or partial sum below the smallest normal number may be lost.
+    A patient's bits do not tell what is beside it.
 
     Args:
         gradients: parts, each (pieces, patients, entries).
     """
-    numbers = torch.finfo(gradients[0].dtype)
-    squares, entries = torch.zeros(1, dtype=torch.float64, device=gradients[0].device), 0
+    squares = torch.zeros(1, dtype=torch.float64, device=gradients[0].device)
     for part in gradients:
-        entries += part.shape[0] * part.shape[2]
         for pieces in _in_pieces(part):
             norms = torch.linalg.vector_norm(pieces, dim=3).double()
             # Each patient's side by side: the order of a sum over what lies apart depends on how many there are.
             squares = squares + norms.square().movedim(1, 0).flatten(1).sum(dim=1)
-    lost = 2 * entries * numbers.tiny
-    error = (PIECE / 2 + 16) * numbers.eps / 2 + (entries + 16) * 2.0**-53
+    lost, error = norm_error(sum(part.shape[0] * part.shape[2] for part in gradients), gradients[0].dtype)
     return (squares + lost).sqrt() * (1 + error)
 
 
@@ -139,11 +167,20 @@ def _in_pieces(part: Tensor) -> list[Tensor]:
 
 def clipped_sum(gradients: list[Tensor], *, grid: Grid) -> list[Tensor]:
     """`ClippedSum` of gradients that are at hand: (*shape) int64 for each (patients, *shape)."""
-    parts = [g.reshape(1, len(g), math.prod(g.shape[1:])) for g in gradients]
-    total = ClippedSum(sum(part.shape[2] for part in parts), grid=grid, device=parts[0].device)
-    total.add(parts)
-    cells = total.cells().split([part.shape[2] for part in parts])
+    parts = [g.reshape(len(g), math.prod(g.shape[1:])) for g in gradients]
+    total = ClippedSum(sum(part.shape[1] for part in parts), grid=grid, device=parts[0].device)
+    total.add(BlockGradients.at_hand(parts))
+    cells = total.cells().split([part.shape[1] for part in parts])
     return [own.view(g.shape[1:]) for own, g in zip(cells, gradients, strict=True)]
+
+
+def load_compiled() -> None:
+    """Load, and the first time on a machine compile, what float32 on a CPU is clipped and noised with."""
+    from fedmed.privacy import compiled
+
+    clipped_sum([torch.zeros(1, 1)], grid=Grid(noise_multiplier=1.0, max_grad_norm=1.0))
+    compiled.group_norm(*(np.zeros((1,) * n, dtype=np.float32) for n in (3, 3, 2, 2, 2, 2)))
+    draw_cells(1, bytes)
 
 
 def noised(cells: Tensor, *, grid: Grid, source: RandomSource) -> Tensor:
@@ -151,5 +188,6 @@ def noised(cells: Tensor, *, grid: Grid, source: RandomSource) -> Tensor:
 
     What happens after the integer addition is post-processing.
     """
-    noise = torch.from_numpy(grid.noise(cells.numel(), source)).view(cells.shape)
-    return (cells + noise.to(cells.device)).double() * grid.cell
+    noise = torch.from_numpy(grid.noise(cells.numel(), source)).view(cells.shape).to(cells.device)
+    noise += cells
+    return noise.double().mul_(grid.cell)

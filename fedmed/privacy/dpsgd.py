@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from fedmed.errors import PrivacyError
 from fedmed.optimizers import Optimizer
-from fedmed.privacy.clipping import ClippedSum, noised
-from fedmed.privacy.layer_gradients import Live, Place, has_rule
+from fedmed.privacy.block_gradients import BlockGradients, Live, Place
+from fedmed.privacy.clipping import ClippedSum, load_compiled, noised
+from fedmed.privacy.layer_gradients import has_rule
 from fedmed.privacy.patient_gradients import Layout, PatientGradients
 from fedmed.privacy.plan import PrivacyPlan
 from fedmed.privacy.randomness import RandomSource
@@ -51,19 +52,23 @@ class PatientOptimizer:
         self._layout: Layout = []
         self._sum: ClippedSum | None = None
         self._totals: dict[nn.Parameter, tuple[Place, Tensor]] = {}
+        if all(p.device.type == "cpu" for p in self.parameters):
+            # Before the network takes memory: what is loaded in its midst keeps that from being used again.
+            load_compiled()
+        # Kept from step to step, as fresh pages cost more than what is written to them.
+        self._applied = [torch.empty_like(p) for p in self.parameters]
 
-    def accumulate(self, gradients: list[Tensor], layout: Layout) -> None:
-        """Add the clipped and truncated gradients of patients to the step's sum.
+    def accumulate(self, gradients: BlockGradients, layout: Layout) -> None:
+        """Add the clipped and truncated gradients of a block's patients to the step's sum.
 
         Args:
-            gradients: parts, each (pieces, patients, entries).
-            layout: what lies there; the same object as long as it is the same. What is not there is zero.
+            layout: what they are of; the same object as long as it is the same. What is not there is zero.
 
         Raises:
             PrivacyError: with those before they are more than the grid can sum, or the noise would not fall where they
                 are.
         """
-        self._patients += gradients[0].shape[1]
+        self._patients += gradients.patients
         self.grid.check_fits(self._patients)
         if self._sum is None or layout is not self._layout:
             self._drain()
@@ -71,8 +76,7 @@ class PatientOptimizer:
                 # Whether anybody was drawn would show in which weights move.
                 raise PrivacyError("gradients lie elsewhere than the noise of a step without patients would")
             self._layout = layout
-            entries = sum(part.shape[0] * part.shape[2] for part in gradients)
-            self._sum = ClippedSum(entries, grid=self.grid, device=gradients[0].device)
+            self._sum = ClippedSum(gradients.entries, grid=self.grid, device=gradients.device)
         self._sum.add(gradients)
 
     def _drain(self) -> None:
@@ -108,15 +112,17 @@ class PatientOptimizer:
 
     def step(self) -> None:
         """One step with noise, however many patients were accumulated."""
-        gradient = self.noised(self.cells())
+        # The divisor is public: the expected number of patients, not how many there were (rule 5).
+        gradient = self.noised(self.cells()).div_(self._divisor)
         places = self._places()
         self._patients, self._totals = 0, {}
-        applied = [torch.zeros_like(p) for p in self.parameters]
-        parts = [place.of(whole) for whole, place in zip(applied, places, strict=True)]
-        for part, own in zip(parts, _split(gradient, parts), strict=True):
-            # The divisor is public: the expected number of patients, not how many there were (rule 5).
-            part.copy_(own.to(part.dtype) / self._divisor)
-        for p, whole in zip(self.parameters, applied, strict=True):
+        parts = [place.of(whole) for whole, place in zip(self._applied, places, strict=True)]
+        for p, whole, part, own in zip(
+            self.parameters, self._applied, parts, _split(gradient, parts), strict=True
+        ):
+            if part.numel() < whole.numel():
+                whole.zero_()
+            part.copy_(own)
             p.grad = whole
         self._before_step()
         self._optimizer.step()
@@ -145,6 +151,8 @@ def private_step(
     for losses, patient_of_record in chunks:
         for gradients, layout in model.combine(losses, patient_of_record):
             optimizer.accumulate(gradients, layout)
+            # And with them all that the network read and wrote, before the noise takes its memory.
+            del gradients
     optimizer.step()
 
 

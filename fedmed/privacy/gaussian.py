@@ -57,21 +57,23 @@ class AliasTable:
 
     def draw(self, count: int, read: Callable[[int], bytes]) -> NDArray[np.int64]:
         """(count,) k: exact in integer arithmetic."""
+        # Loads a compiler, which nobody need who only plans.
+        from fedmed.privacy.compiled import look_up
+
         columns_end, first_end = 2 * count, 3 * count
         raw = np.frombuffer(read(bytes_for(count)), dtype=np.uint8)
-        columns = raw[:columns_end].view(np.uint16)
-        index = columns.astype(np.intp)
-        first, threshold = raw[columns_end:first_end], self.high.take(index)
-        other = first > threshold
-        ties = np.flatnonzero(first == threshold)
+        columns, first = raw[:columns_end].view(np.uint16), raw[columns_end:first_end]
+        drawn, ties = np.empty(count, dtype=np.int64), np.empty(count + 1, dtype=np.intp)
+        ties = ties[: look_up(columns, first, self.high, self.alias, drawn, ties)]
         words = raw[first_end:].tobytes()
         if len(ties) > _spare(count):
             words += read(16 * (len(ties) - _spare(count)))
         middle, last = np.frombuffer(words, dtype=np.uint64).reshape(-1, 2)[: len(ties)].T
-        tied = index[ties]
+        tied = columns[ties]
         above, equal = middle > self.middle[tied], middle == self.middle[tied]
-        other[ties] = above | (equal & (last >> np.uint64(24) >= self.low[tied]))
-        return np.where(other, self.alias.take(index), columns).astype(np.int64) - _COLUMNS // 2
+        other = above | (equal & (last >> np.uint64(24) >= self.low[tied]))
+        drawn[ties] = np.where(other, self.alias[tied], tied)
+        return drawn - _COLUMNS // 2
 
 
 def bytes_for(count: int) -> int:

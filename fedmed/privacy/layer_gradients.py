@@ -1,12 +1,11 @@
 """Each patient's gradient of a layer, from what the layer read and the gradient of what it wrote.
 
 Opacus has a rule for many kinds of layers that gives each record's gradient; those for which that can be done cheaper
-have one here, and it is loaded for the others alone. Nothing large is computed until a `Block` of patients asks for its
-own.
+have one here, and it is loaded for the others alone. Nothing large is computed here
+(`fedmed.privacy.block_gradients`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,143 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedmed.errors import PrivacyError
+from fedmed.privacy.block_gradients import Block, Gradient, Live, Place, Product, Region, Sampled, Small
 
 # A convolution of fewer channels is one product for all places of its kernel: one for each would be too small.
 FEW_CHANNELS = 8
 _WHOLE = (slice(None), slice(None))
 
 
-@dataclass(frozen=True)
-class Block:
-    """Patients who follow one another and have as many records each, which follow one another.
-
-    Attributes:
-        first: the first record.
-    """
-
-    first: int
-    patients: int
-    records: int
-
-    def of(self, values: Tensor) -> Tensor:
-        """(patients, records, …) of (all records, …)."""
-        own = values[self.first : self.first + self.patients * self.records]
-        return own.unflatten(0, (self.patients, self.records))
-
-
-# The part of a parameter outside of which every gradient is zero, whatever the data; () is all of it.
-Region = tuple[slice, ...]
-# Of parameters; what is not there is live everywhere.
-Live = Mapping[Tensor, Region]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the entries of a gradient belong.
-
-    Attributes:
-        order: of the dimensions of the region, in which the entries are laid out; () leaves them as they are.
-    """
-
-    region: Region = ()
-    order: tuple[int, ...] = ()
-
-    def of(self, values: Tensor) -> Tensor:
-        """A view of the region of values in the shape of the parameter, in this order."""
-        part = values[self.region]
-        return part.permute(self.order) if self.order else part
-
-
-@dataclass(frozen=True)
-class Product:
-    """Of a weight matrix, or of a kernel's matrices: sums over positions of one side's row times the other's.
-
-    Attributes:
-        left: (records, positions, rows).
-        right: (records, positions, columns), the last `reach` of them zero.
-        offsets: for each matrix how many positions further the left side is read, at most `reach`. It is read beyond
-            a record's end where the right side is zero.
-    """
-
-    left: Tensor
-    right: Tensor
-    place: Place = Place()
-    offsets: tuple[int, ...] = (0,)
-    reach: int = 0
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(matrices, entries of each)."""
-        return len(self.offsets), self.left.shape[2] * self.right.shape[2]
-
-    def write(self, block: Block, out: Tensor, *, add: bool) -> None:
-        """Into or onto (matrices, patients, entries), contiguous: over the positions of all records of a patient."""
-        left, right = (block.of(values).flatten(1, 2).to(out.dtype) for values in (self.left, self.right))
-        span = left.shape[1] - self.reach
-        for offset, matrices in zip(
-            self.offsets, out.unflatten(2, (left.shape[2], right.shape[2])), strict=True
-        ):
-            pair = left[:, offset : offset + span].transpose(1, 2), right[:, :span]
-            if add:
-                matrices.baddbmm_(*pair)
-            else:
-                torch.bmm(*pair, out=matrices)
-
-
-@dataclass(frozen=True)
-class Small:
-    """Of a vector: what each record gives, computed already.
-
-    Attributes:
-        values: (records, entries).
-    """
-
-    values: Tensor
-    place: Place = Place()
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(1, entries)."""
-        return 1, self.values.shape[1]
-
-    def write(self, block: Block, out: Tensor, *, add: bool) -> None:
-        """Into or onto (1, patients, entries)."""
-        _write_sum(block.of(self.values), out[0], add)
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """By a rule that gives each record's gradient, for the records of a block at a time.
-
-    Attributes:
-        entries: of the parameter.
-        of: (patients * records, *shape) for a block.
-    """
-
-    entries: int
-    of: Callable[[Block], Tensor]
-    place: Place = Place()
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(1, entries)."""
-        return 1, self.entries
-
-    def write(self, block: Block, out: Tensor, *, add: bool) -> None:
-        """Into or onto (1, patients, entries)."""
-        _write_sum(self.of(block).reshape(block.patients, block.records, -1), out[0], add)
-
-
-def _write_sum(own: Tensor, out: Tensor, add: bool) -> None:
-    if add:
-        out += own.sum(dim=1)
-    elif own.shape[1] == 1:
-        out.copy_(own[:, 0])
-    else:
-        torch.sum(own, dim=1, out=out)
-
-
-Gradient = Product | Small | Sampled
 # The gradients of a layer's parameters from all that it read, with what `REMEMBERED` adds, and its output's gradient,
 # first dimension records. Those of parameters that are not trained may be among them.
 Rule = Callable[[Any, list[Tensor], Tensor, Live], dict[Tensor, Gradient]]
@@ -370,12 +239,27 @@ def group_norm(
             values.contiguous(), None, None, records, channels, values[0, 0].numel(), groups, layer.eps
         )
     mean, inverse = statistics
+    last = values.movedim(1, -1), backprops.movedim(1, -1)
+    if _on_cpu(*last, mean, inverse) and values.dim() > 2:
+        from fedmed.privacy import compiled
+
+        sides = [side.flatten(1, -2).numpy() for side in last]
+        weight, total = torch.empty(records, channels), torch.empty(records, channels)
+        compiled.group_norm(*sides, mean.numpy(), inverse.numpy(), weight.numpy(), total.numpy())
+        return {layer.weight: Small(weight), layer.bias: Small(total)}
     places = tuple(range(2, values.dim()))
     total = backprops.sum(dim=places)
     product = (backprops * values).sum(dim=places)
     centred = product.view(records, groups, -1) - mean[:, :, None] * total.view(records, groups, -1)
     weight = (centred * inverse[:, :, None]).view(records, channels)
     return {layer.weight: Small(weight), layer.bias: Small(total)}
+
+
+def _on_cpu(*values: Tensor) -> bool:
+    """Whether compiled functions can read them."""
+    return all(
+        one.device.type == "cpu" and one.dtype == torch.float32 and one.is_contiguous() for one in values
+    )
 
 
 def _group_statistics(layer: nn.GroupNorm, values: Tensor, output: Tensor) -> list[Tensor]:

@@ -14,17 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from fedmed.errors import PrivacyError
-from fedmed.privacy.layer_gradients import (
-    REMEMBERED,
+from fedmed.privacy.block_gradients import (
     Block,
+    BlockGradients,
     Gradient,
+    Memory,
     Place,
     Region,
     Small,
-    layer_gradients,
-    live_kernel,
-    may_be_dead,
 )
+from fedmed.privacy.layer_gradients import REMEMBERED, layer_gradients, live_kernel, may_be_dead
 
 # Entries of gradients that are held at once, but at least one patient's: 128 MB, on an accelerator 1 GB.
 BLOCK_ENTRIES = {"cpu": 2**25, "cuda": 2**28}
@@ -131,7 +130,7 @@ class PatientGradients:
         )
         self._hooks = [module.register_forward_hook(self._remember) for module in trainable]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self._held: Tensor | None = None
+        self._memory = Memory()
 
     def __call__(self, **inputs: Tensor) -> Tensor:
         self._calls = []
@@ -144,7 +143,7 @@ class PatientGradients:
                 read += REMEMBERED[type(module)](module, read[0], output)
             self._calls.append(_Call(module, read, output))
 
-    def combine(self, losses: Tensor, patient_of_record: Tensor) -> Iterator[tuple[list[Tensor], Layout]]:
+    def combine(self, losses: Tensor, patient_of_record: Tensor) -> Iterator[tuple[BlockGradients, Layout]]:
         """Each patient's gradient of the mean loss over the records that it has here, some patients at a time.
 
         The order of the patients is not that of their numbers. What the layout leaves out is zero.
@@ -154,8 +153,7 @@ class PatientGradients:
             patient_of_record: (records,) int64, numbers from 0, on the host.
 
         Yields:
-            parts, each (pieces, patients, entries), where the next block is written over them, and what lies there,
-            piece by piece, one object for all.
+            a block's gradients, not computed yet, and what they are of, one object for all.
 
         Raises:
             PrivacyError: a layer works in place on what a trainable one read or wrote, or the first dimension of
@@ -180,40 +178,26 @@ class PatientGradients:
                     found.setdefault(p, []).append(one)
         return self._blocks(owners, {p: found[p] for p in self.parameters if p in found}, losses.device)
 
-    @torch.no_grad()
     def _blocks(
         self, owners: Owners, found: dict[nn.Parameter, list[Gradient]], device: torch.device
-    ) -> Iterator[tuple[list[Tensor], Layout]]:
+    ) -> Iterator[tuple[BlockGradients, Layout]]:
         small = {p: own[0] for p, own in found.items() if len(own) == 1 and isinstance(own[0], Small)}
         large = {p: own for p, own in found.items() if p not in small}
-        layout = [(p, own[0].place) for p, own in large.items()] + [
-            (p, own.place) for p, own in small.items()
-        ]
-        jobs = list(large.values())
+        layout = [(p, own[0].place) for p, own in (large | {p: [own] for p, own in small.items()}).items()]
+        sums = list(large.values())
         if small:
             # Written at once.
-            jobs.append([Small(torch.cat([own.values for own in small.values()], dim=1))])
-        if any(one.place != own[0].place or one.shape != own[0].shape for own in jobs for one in own):
+            sums.append([Small(torch.cat([own.values for own in small.values()], dim=1))])
+        if any(one.place != own[0].place or one.shape != own[0].shape for own in sums for one in own):
             raise PrivacyError("convolutions of different strides share their weights; give each its own")
-        shapes = [gradients[0].shape for gradients in jobs]
-        entries = sum(map(math.prod, shapes))
+        dtype = torch.promote_types(torch.float32, self.parameters[0].dtype)
+        entries = sum(math.prod(own[0].shape) for own in sums)
         most = max(1, BLOCK_ENTRIES.get(device.type, BLOCK_ENTRIES["cuda"]) // max(1, entries))
-        needed = entries * max((block.patients for block in owners.blocks(most)), default=0)
-        # Kept from step to step: fresh pages cost as much as what is written to them.
-        if self._held is None or self._held.numel() < needed:
-            dtype = torch.promote_types(torch.float32, self.parameters[0].dtype)
-            self._held = torch.empty(needed, dtype=dtype, device=device)
         for block in owners.blocks(most):
-            sizes = [block.patients * math.prod(shape) for shape in shapes]
-            flat = self._held[: sum(sizes)].split(sizes)
-            parts = [
-                own.view(pieces, block.patients, width)
-                for own, (pieces, width) in zip(flat, shapes, strict=True)
-            ]
-            for part, gradients in zip(parts, jobs, strict=True):
-                for number, gradient in enumerate(gradients):
-                    gradient.write(block, part, add=number > 0)
-            yield parts, layout
+            yield (
+                BlockGradients(block=block, sums=sums, dtype=dtype, device=device, memory=self._memory),
+                layout,
+            )
 
     def close(self) -> None:
         """Leave the network as it was."""

@@ -14,13 +14,13 @@ from fedmed.errors import PrivacyError
 from fedmed.models.adapters import add_adapter
 from fedmed.models.classifier import Classifier
 from fedmed.optimizers import SGD
+from fedmed.privacy.block_gradients import BlockGradients, Place
 from fedmed.privacy.dpsgd import (
     PatientOptimizer,
     check_sound,
     private_step,
 )
 from fedmed.privacy.gaussian import BLOCK, bytes_for
-from fedmed.privacy.layer_gradients import Place
 from fedmed.privacy.patient_gradients import PatientGradients
 from fedmed.privacy.randomness import RandomSource, seeded
 from tests.fedmed.models import encoders
@@ -232,7 +232,7 @@ def clipped_norm(gradients: Tensor, patients: Tensor, number: int) -> Tensor:
     counts = torch.bincount(patients, minlength=number)
     combined = torch.zeros(number, gradients.shape[1])
     combined.index_add_(0, patients, gradients / counts[patients, None])
-    optimizer.accumulate([combined[None]], [(layer.weight, Place())])
+    optimizer.accumulate(BlockGradients.at_hand([combined]), [(layer.weight, Place())])
     return optimizer.noised(optimizer.cells()).float()
 
 
@@ -315,7 +315,7 @@ def test_sum_and_noise_are_added_as_integers() -> None:
     layer = nn.Linear(4096, 1, bias=False).double()
     plan = make(sample_rate=1.0, declared_size=1, max_grad_norm=CLIP, noise_multiplier=2.0)
     optimizer = PatientOptimizer(SGD(layer.parameters(), lr=1.0), plan=plan, source=seeded(12))
-    optimizer.accumulate([torch.randn(1, 3, 4096)], [(layer.weight, Place())])
+    optimizer.accumulate(BlockGradients.at_hand([torch.randn(3, 4096)]), [(layer.weight, Place())])
     cells = optimizer.cells()
     assert cells.dtype == torch.int64
     expected = (cells.numpy() + plan.grid.noise(4096, seeded(12))) * plan.grid.cell
@@ -388,7 +388,7 @@ def test_a_sum_does_not_depend_on_how_the_batch_was_split() -> None:
             SGD(layer.parameters(), lr=1.0), plan=make(max_grad_norm=CLIP), source=seeded(1)
         )
         for piece in gradients.split(size):
-            optimizer.accumulate([piece[None]], [(layer.weight, Place())])
+            optimizer.accumulate(BlockGradients.at_hand([piece]), [(layer.weight, Place())])
         sums.append(optimizer.cells())
         floats.append(torch.stack([piece.sum(dim=0) for piece in gradients.split(size)]).sum(dim=0))
     assert torch.equal(sums[0], sums[1])
@@ -403,9 +403,9 @@ def test_more_patients_than_a_sum_can_hold_are_refused_across_pieces() -> None:
     plan = make(noise_multiplier=2.0**-41, declared_size=1)
     optimizer = PatientOptimizer(SGD(layer.parameters(), lr=1.0), plan=plan, source=seeded(1))
     for _ in range(3):
-        optimizer.accumulate([torch.ones(1, 1, 2)], [(layer.weight, Place())])
+        optimizer.accumulate(BlockGradients.at_hand([torch.ones(1, 2)]), [(layer.weight, Place())])
     with pytest.raises(PrivacyError, match="sum of 4 gradients would overflow"):
-        optimizer.accumulate([torch.ones(1, 1, 2)], [(layer.weight, Place())])
+        optimizer.accumulate(BlockGradients.at_hand([torch.ones(1, 2)]), [(layer.weight, Place())])
 
 
 def test_noise_in_the_weights_has_the_variance_that_is_accounted() -> None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from fedmed.errors import PrivacyError
 from fedmed.models.row_linear import RowLinear
 from fedmed.privacy import patient_gradients
+from fedmed.privacy.jobs import Jobs
 from fedmed.privacy.layer_gradients import REMEMBERED, RULES
 from fedmed.privacy.patient_gradients import Owners, PatientGradients
 
@@ -63,9 +64,12 @@ def assert_same_patients(found: Tensor, expected: Tensor) -> None:
 def combined(wrapped: PatientGradients, losses: Tensor, patients: Tensor = PATIENTS) -> Tensor:
     """(patients, entries of all parameters in their order), whatever the blocks and whatever they leave out."""
     rows = []
-    for parts, layout in wrapped.combine(losses, patients):
-        number = parts[0].shape[1]
-        flat = torch.cat([part.movedim(1, 0).flatten(1) for part in parts], dim=1)
+    for gradients, layout in wrapped.combine(losses, patients):
+        number = gradients.patients
+        flat = torch.cat([part.movedim(1, 0).flatten(1) for part in gradients.computed()], dim=1)
+        jobs = Jobs(gradients)
+        compiled = [torch.from_numpy(jobs.gradient(patient).copy()) for patient in range(number)]
+        torch.testing.assert_close(torch.stack(compiled), flat, atol=1e-5, rtol=1e-5)
         whole = {p: torch.zeros(number, *p.shape) for p in wrapped.parameters}
         first = 0
         for p, place in layout:
@@ -216,8 +220,8 @@ def test_weights_that_meet_padding_alone_are_left_out(
     images, weights = torch.randn(len(PATIENTS), channels, *size), torch.rand(len(PATIENTS))
     # What decides is the shape: of nobody's record, too.
     wrapped = PatientGradients(model, {"images": images[:0]})
-    parts, _ = next(wrapped.combine(wrapped(images=images) * weights, PATIENTS))
-    assert sum(part[:, 0].numel() for part in parts) == channels * (9 if twice else entries)
+    gradients, _ = next(wrapped.combine(wrapped(images=images) * weights, PATIENTS))
+    assert gradients.entries == channels * (9 if twice else entries)
     expected = expected_gradients(model, wrapped.parameters, images, weights)
     assert_same_patients(combined(wrapped, wrapped(images=images) * weights), expected)
     wrapped.close()
@@ -288,13 +292,13 @@ def test_no_more_than_a_block_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of forty patients two at a time: their gradients are never all there."""
     wrapped = PatientGradients(Wide())
     monkeypatch.setitem(patient_gradients.BLOCK_ENTRIES, "cpu", 2 * 50 * 51)
-    sizes = [
-        parts[0].shape[1]
-        for parts, _ in wrapped.combine(wrapped(images=torch.randn(40, 50)).sum(dim=1), torch.arange(40))
-    ]
-    assert sizes == [2] * 20
-    assert wrapped._held is not None
-    assert wrapped._held.numel() == 2 * 50 * 51
+    losses = wrapped(images=torch.randn(40, 50)).sum(dim=1)
+    blocks = [gradients for gradients, _ in wrapped.combine(losses, torch.arange(40))]
+    assert [gradients.patients for gradients in blocks] == [2] * 20
+    parts = [part for gradients in blocks for part in gradients.computed()]
+    # One memory for all.
+    assert {part.untyped_storage().nbytes() for part in parts} == {4 * 2 * 50 * 51}
+    assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
 
 
 @pytest.mark.parametrize("spoil", ["output", "input"])
