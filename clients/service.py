@@ -1,4 +1,4 @@
-"""A systemd unit for a site's daemon: it sees the system read-only, and writes to its own folder alone."""
+"""A systemd unit for a site's daemon: it sees the system read-only, and writes to its own folder and cache alone."""
 
 from pathlib import Path
 
@@ -15,6 +15,10 @@ ExecStart={command} site start {folder}
 User={user}
 WorkingDirectory={directory}
 Environment={environment}
+# What is compiled on the first start is kept for the next.
+CacheDirectory=%p
+CacheDirectoryMode=0700
+Environment=NUMBA_CACHE_DIR=%C/%p
 Restart=on-failure
 RestartSec=10
 # It ends after the round that it is at; what is killed counts as spent.

@@ -1,7 +1,7 @@
 """The innermost loops of a private step on a CPU, compiled (numba).
 
-The first use on a machine compiles (about 10 s); after that numba reads what it kept beside this file, or in the user's
-cache. To load numba takes half a second: whoever needs none of this does not import it.
+The first use on a machine compiles (about 6 s); after that numba reads what it kept beside this file, or in the user's
+cache. To load it takes a second: whoever needs none of this does not import it.
 """
 
 import math
@@ -39,6 +39,14 @@ def _floats(typing_context: Any, address: Any) -> Any:
 
 
 @_compiled()
+def _multiply(one: Any, other: Any, out: Any, add: int) -> None:
+    if add:
+        out += np.dot(one, other)
+    else:
+        np.dot(one, other, out)
+
+
+@_compiled()
 def gradient(jobs: Any, patient: int, own: Any) -> None:
     """A patient's gradient into (entries,) float32: what the jobs (`fedmed.privacy.jobs`) say."""
     for number in range(len(jobs)):
@@ -55,26 +63,18 @@ def gradient(jobs: Any, patient: int, own: Any) -> None:
         right = _floats(job.right + 4 * patient * job.right_stride)
         other = numba.carray(right, (job.span, job.columns))
         matrix = out.reshape(job.rows, job.columns)
+        # Two types of array, so that BLAS need not copy either.
         if job.transposed:
-            one = numba.carray(left, (job.rows, job.span))
-            if job.add:
-                matrix += np.dot(one, other)
-            else:
-                np.dot(one, other, matrix)
+            _multiply(numba.carray(left, (job.rows, job.span)), other, matrix, job.add)
         else:
-            one = numba.carray(left, (job.span, job.rows))
-            if job.add:
-                matrix += np.dot(one.T, other)
-            else:
-                np.dot(one.T, other, matrix)
+            _multiply(numba.carray(left, (job.span, job.rows)).T, other, matrix, job.add)
 
 
 @_compiled(fastmath={"reassoc", "contract"})
 def _square(values: Any) -> np.float32:
     total = np.float32(0)
     for n in range(len(values)):
-        value = values[n]
-        total += value * value
+        total += values[n] * values[n]
     return total
 
 
@@ -153,9 +153,8 @@ def group_norm(values: Any, backprops: Any, mean: Any, inverse: Any, weight: Any
                 total[channel] += other[channel]
         for channel in range(channels):
             group = channel // width
-            product[channel] = (product[channel] - mean[record, group] * total[channel]) * inverse[
-                record, group
-            ]
+            centred = product[channel] - mean[record, group] * total[channel]
+            product[channel] = centred * inverse[record, group]
 
 
 @_compiled()
@@ -179,3 +178,18 @@ def look_up(columns: Any, first: Any, high: Any, alias: Any, drawn: Any, ties: A
         ties[found] = n
         found += first[n] == threshold
     return found
+
+
+@_compiled()
+def settle(columns: Any, words: Any, ties: Any, middle: Any, low: Any, alias: Any, drawn: Any) -> None:
+    """Aliases for those of `ties` whose further bits are not below the threshold's.
+
+    Args:
+        words: (len(ties) or more, 2) uint64: the next 64 bits, and 40 more that come first in the second.
+        middle, low: of every column: those bits of its threshold, uint64.
+    """
+    for number in range(len(ties)):
+        column = columns[ties[number]]
+        high, last = words[number, 0], words[number, 1] >> np.uint64(24)
+        if high > middle[column] or (high == middle[column] and last >= low[column]):
+            drawn[ties[number]] = alias[column]

@@ -58,22 +58,20 @@ class AliasTable:
     def draw(self, count: int, read: Callable[[int], bytes]) -> NDArray[np.int64]:
         """(count,) k: exact in integer arithmetic."""
         # Loads a compiler, which nobody need who only plans.
-        from fedmed.privacy.compiled import look_up
+        from fedmed.privacy import compiled
 
         columns_end, first_end = 2 * count, 3 * count
         raw = np.frombuffer(read(bytes_for(count)), dtype=np.uint8)
         columns, first = raw[:columns_end].view(np.uint16), raw[columns_end:first_end]
         drawn, ties = np.empty(count, dtype=np.int64), np.empty(count + 1, dtype=np.intp)
-        ties = ties[: look_up(columns, first, self.high, self.alias, drawn, ties)]
+        ties = ties[: compiled.look_up(columns, first, self.high, self.alias, drawn, ties)]
         words = raw[first_end:].tobytes()
         if len(ties) > _spare(count):
             words += read(16 * (len(ties) - _spare(count)))
-        middle, last = np.frombuffer(words, dtype=np.uint64).reshape(-1, 2)[: len(ties)].T
-        tied = columns[ties]
-        above, equal = middle > self.middle[tied], middle == self.middle[tied]
-        other = above | (equal & (last >> np.uint64(24) >= self.low[tied]))
-        drawn[ties] = np.where(other, self.alias[tied], tied)
-        return drawn - _COLUMNS // 2
+        further = np.frombuffer(words, dtype=np.uint64).reshape(-1, 2)
+        compiled.settle(columns, further, ties, self.middle, self.low, self.alias, drawn)
+        drawn -= _COLUMNS // 2
+        return drawn
 
 
 def bytes_for(count: int) -> int:

@@ -1,4 +1,4 @@
-"""A block's gradients in the words of compiled functions."""
+"""What compiled functions are to do for each patient of a block."""
 
 import numpy as np
 import torch
@@ -12,22 +12,13 @@ from fedmed.privacy.block_gradients import BlockGradients, Gradient, Product
 # as (span, rows), and (span, columns) at `right`; or, where `right` is 0, the `columns` values at `left`. Onto what is
 # there where `add` is 1. A stride is how many float32 further the next patient's lie.
 _COLUMNS = (
-    "left",
-    "left_stride",
-    "right",
-    "right_stride",
-    "span",
-    "rows",
-    "columns",
-    "first",
-    "add",
-    "transposed",
-)
+    "left", "left_stride", "right", "right_stride", "span", "rows", "columns", "first", "add", "transposed",
+)  # fmt: skip
 _JOB = np.dtype([(name, np.int64) for name in _COLUMNS])
 
 
 class Jobs:
-    """A block's gradients in the words of the compiled functions."""
+    """A block's gradients, as `fedmed.privacy.compiled` computes them."""
 
     def __init__(self, gradients: BlockGradients) -> None:
         self.patients, self.entries = gradients.patients, gradients.entries

@@ -1,8 +1,11 @@
 """Truncation never lets a norm grow, integer sums are exact, and the noise on the grid is the ideal one."""
 
 import math
+import subprocess
+import sys
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -324,3 +327,24 @@ def test_a_sum_stays_exact_however_many_pieces_one_step_adds(monkeypatch: pytest
     # The deliberately broken variant: more than float32 holds.
     monkeypatch.setattr("fedmed.privacy.clipping.EXACT", 2**30)
     assert not torch.equal(summed(99), expected)
+
+
+def test_where_nothing_can_be_kept_it_is_compiled_anew(tmp_path: Path) -> None:
+    """A read-only installation and no home: as in a hardened service."""
+    source = tmp_path / "read_only.py"
+    source.write_text("from fedmed.privacy.compiled import _compiled\n\n\ndef twice(n):\n    return 2 * n\n")
+    script = (
+        "import numba.core.caching as caching, read_only\n"
+        "caching.CacheImpl._locator_classes = []\n"
+        "assert read_only._compiled()(read_only.twice)(21) == 42\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 0, ended.stderr
+    # The reason for it: numba by itself refuses.
+    refused = script.replace("read_only._compiled()", "__import__('numba').njit(cache=True)")
+    ended = subprocess.run(
+        [sys.executable, "-c", refused], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert "cannot cache function" in ended.stderr
