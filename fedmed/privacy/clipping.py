@@ -57,7 +57,7 @@ class ClippedSum:
             self._add(gradients.computed(), narrow)
 
     def _add_compiled(self, gradients: BlockGradients) -> None:
-        # Half a second to load, which nobody else need spend.
+        # A second to load, which nobody else need spend.
         from fedmed.privacy.jobs import Jobs
 
         lost, error = norm_error(gradients.entries, torch.float32)
