@@ -164,14 +164,16 @@ def _dry_round(folder: Path) -> Iterator[Finding]:
             "dry round", False, f"its process ended with code {ended.returncode}; was memory short?"
         )
         return
-    seen = found.get("gpu")
-    yield Finding(
-        "GPU", True, f"{seen}; training uses the processor" if seen else "none; training uses the processor"
-    )
     if "error" in found:
+        yield Finding("GPU", True, found.get("gpu") or "none")
         yield Finding("dry round", False, found["error"])
         return
+    yield Finding(
+        "GPU", True, f"{found['gpu'] or 'none'}; training uses {found.get('device', 'the processor')}"
+    )
     took = f"{found['seconds']:.1f} s, {found['peak_mb'] / 1000:.1f} GB at most"
+    if "device_peak_mb" in found:
+        took += f" and {found['device_peak_mb'] / 1000:.1f} GB of the GPU's"
     yield Finding(
         "dry round", True, f"{found['model']} learned {found['data']}: {took}; nothing was sent or kept"
     )

@@ -66,7 +66,7 @@ def evaluate(message: Message, context: Context) -> Message:
 def _desk(context: Context) -> Desk:
     """Of the site's own folder, where its node was started with one: the coordinator has no say in it."""
     folder = context.node_config.get("site-folder")
-    return open_guard(str(folder)) if folder else NoGuard()
+    return open_guard(str(folder)) if folder else NoGuard(str(context.node_config.get("device", "auto")))
 
 
 def _site(instruction: Instruction, context: Context, desk: Desk) -> str:

@@ -16,12 +16,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from clients.folder import SiteFolder
 from clients.local_models import model_folder, reads_images
 from clients.policy import ANY, Policy
 from fedmed.config import AdapterConfig, PrivacyConfig, TrainingConfig
 from fedmed.data.describe import MAX_CATEGORIES, examine
 from fedmed.data.table import blank_cells, read_csv
+from fedmed.devices import device_of, in_words
 from fedmed.dicom.store import MANIFEST, read_manifest
 from fedmed.errors import DataError, FedmedError, ModelError, internal, nearest
 from fedmed.model import CnnModelConfig, ImageModelConfig, ModelConfig, TabularModelConfig, TextModelConfig
@@ -47,13 +50,22 @@ def dry_round(folder: Path) -> dict[str, Any]:
     task, site, said = task_of(own.policy)
     model = model_of(own.policy, task)
     instruction = _instruction(task, site, model, own.policy)
+    device = device_of(own.policy.device)
     arrays = build(task, model, instruction.adapter).initialise(instruction.seed)
     began = time.monotonic()
-    local_site.work(instruction, site, arrays, split_key=own.split_key)
+    here = local_site.Own(split_key=own.split_key, device=own.policy.device)
+    local_site.work(instruction, site, arrays, here)
     return {
         "model": model.name, "data": said, "seconds": time.monotonic() - began,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, **_used(device),
     }  # fmt: skip
+
+
+def _used(device: torch.device) -> dict[str, Any]:
+    """Of an accelerator its name and the most memory that was held there."""
+    if device.type == "cpu":
+        return {}
+    return {"device": in_words(device), "device_peak_mb": torch.cuda.max_memory_allocated(device) / 2**20}
 
 
 def task_of(policy: Policy) -> tuple[TaskConfig, str, str]:
@@ -165,8 +177,6 @@ def _instruction(task: TaskConfig, site: str, model: ModelConfig, policy: Policy
 
 def gpu() -> str:
     """The accelerator that PyTorch sees, in words; empty where there is none."""
-    import torch
-
     if not torch.cuda.is_available():
         return ""
     free, total = torch.cuda.mem_get_info()

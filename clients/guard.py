@@ -67,6 +67,13 @@ class NoGuard:
     gate = Gate(None)
     approval = "one person plays all sites"
 
+    def __init__(self, device: str = "cpu") -> None:
+        """
+        Args:
+            device: as `device` of site.yaml.
+        """
+        self._own = local_site.Own(cache=at_home(), device=device)
+
     def quote(self, instruction: Instruction, site: str) -> RecordDict:
         try:
             answer = local_site.quote(instruction, site)
@@ -77,7 +84,7 @@ class NoGuard:
 
     def train(self, instruction: Instruction, site: str, arrays: Arrays, content: RecordDict) -> RecordDict:
         del content
-        update = local_site.work(instruction, site, arrays, cache=at_home())
+        update = local_site.work(instruction, site, arrays, self._own)
         value = _receipt(instruction, site, update.noise_draws), update.delta
         return self.gate.release(
             Approved(site=site, run=instruction.run_id, value=value, approval=self.approval)
@@ -88,7 +95,7 @@ class NoGuard:
     ) -> RecordDict:
         del content
         score = local_site.private_score if instruction.privacy.metrics == "private" else local_site.score
-        value = score(instruction, site, arrays, cache=at_home())
+        value = score(instruction, site, arrays, self._own)
         return self.gate.release(
             Approved(site=site, run=instruction.run_id, value=value, approval=self.approval)
         )
@@ -159,7 +166,7 @@ class Guard:
             approval = self._approved(instruction, site)
 
         def work() -> tuple[Receipt, Arrays]:
-            update = local_site.work(self._here(instruction), site, arrays, **self._own)
+            update = local_site.work(self._here(instruction), site, arrays, self._own)
             return _receipt(instruction, site, update.noise_draws), update.delta
 
         if not_private(instruction) is not None:
@@ -190,9 +197,9 @@ class Guard:
                 site,
                 "metrics",
                 content,
-                lambda: local_site.private_score(self._here(instruction), site, arrays, **self._own),
+                lambda: local_site.private_score(self._here(instruction), site, arrays, self._own),
             )
-        counts = local_site.score(self._here(instruction), site, arrays, **self._own)
+        counts = local_site.score(self._here(instruction), site, arrays, self._own)
         return self.gate.release(Approved(site=site, run=instruction.run_id, value=counts, approval=approval))
 
     def end(self, run: str) -> RecordDict:
@@ -215,7 +222,7 @@ class Guard:
         if isinstance(attempt, Stored):
             return self.gate.release(Repeated(instruction.run_id, attempt.content))
         try:
-            local_site.load(instruction)
+            local_site.load(instruction, self._own)
             with self._logged():
                 self.ledger.open_data(attempt)
         except Exception:
@@ -228,9 +235,9 @@ class Guard:
         return self.gate.release(Privatised(site=site, value=mechanism(), attempt=attempt))
 
     @property
-    def _own(self) -> dict[str, Any]:
-        """What this site's work goes by that no message holds."""
-        return {"split_key": self.folder.split_key, "cache": activations(self.folder)}
+    def _own(self) -> local_site.Own:
+        device = self.folder.policy.device
+        return local_site.Own(split_key=self.folder.split_key, cache=activations(self.folder), device=device)
 
     def _here(self, instruction: Instruction) -> Instruction:
         """The instruction as this site carries it out: on its own data, and in batches of its own choice."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from clients.folder import FILES, LEDGER, SiteFolder
 from clients.guard import Guard
+from fedmed.devices import device_of, in_words
 from fedmed.errors import FedmedError
 from fedmed.privacy.ledger import Ledger
 
@@ -21,6 +22,7 @@ def open_guard(path: str) -> Guard:
 
     Raises:
         SiteError, PolicyError, LedgerError: the folder cannot be used.
+        ConfigError: the accelerator that site.yaml names is not there.
     """
     folder = Path(path)
     # Read first: what changes while the folder is opened makes the next call open it again.
@@ -30,12 +32,14 @@ def open_guard(path: str) -> Guard:
         return known[1]
     try:
         site = SiteFolder.open(folder)
+        device = device_of(site.policy.device)
         guard = Guard(site, Ledger(site.path / LEDGER, site))
     except FedmedError as error:
         # No data has been opened: this is of files and settings, and says what to do about them.
         for line in error.lines:
             log.error("%s", line)
         raise
+    log.info("networks compute on: %s", in_words(device))
     close_guard(path)
     _open[path] = state, guard
     return guard

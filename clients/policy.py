@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from clients.asked import DIGEST, epsilon, not_private, shown, task_digest
 from clients.refusal import Refusal, Rule
+from fedmed.config import DEVICE
 from fedmed.errors import FedmedError
 from fedmed.model import ModelConfig
 from fedmed.pretrained import PretrainedConfig
@@ -212,6 +213,13 @@ class Policy(_Section):
         "that a coordinator makes for it blow that up, beyond what any epsilon covers. Takes two to ten times as long "
         "for networks with hidden layers; false: where the coordinator is trusted not to.",
         "true or false",
+    )
+    device: str = option(
+        "auto",
+        "Where networks compute. auto: the first GPU that PyTorch finds, else the processor. One patient at a time "
+        "keeps a GPU idle most of the time: see patients_apart.",
+        "auto, cpu, cuda or cuda:N",
+        pattern=DEVICE,
     )
     activations_gb: float = option(
         20.0,

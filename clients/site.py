@@ -1,17 +1,22 @@
 """A site in a long-lived process: its data, prepared once, and one round of work at a time."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from fedmed.config import parse
 from fedmed.data.dataset import SiteDataset
 from fedmed.data.readers import read_site, version_of
+from fedmed.devices import device_of
 from fedmed.errors import ConfigError, DataError
 from fedmed.metrics import ScoreCounts
 from fedmed.models.activations import ActivationCache
@@ -27,6 +32,21 @@ from fedmed.task import TaskConfig
 from fedmed.training import LocalData, LocalUpdate, local_parts, logits, one_thread, patient_logits, train
 
 log = logging.getLogger("fedmed.site")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own:
+    """What a site's work goes by that no message holds.
+
+    Attributes:
+        split_key: of a site that has a folder; None: that of a simulated site, by its name.
+        cache: where activations are kept; None: in this process alone.
+        device: where networks compute, as `fedmed.devices.device_of` takes it.
+    """
+
+    split_key: bytes | None = field(default=None, repr=False)
+    cache: ActivationCache | None = None
+    device: str = "cpu"
 
 
 def quote(instruction: Instruction, site: str) -> Quote:
@@ -86,9 +106,9 @@ def _epsilon(plan: PrivacyPlan) -> float:
     return plan.epsilon()
 
 
-def load(instruction: Instruction) -> None:
+def load(instruction: Instruction, own: Own) -> None:
     """Load the model, which reads no data."""
-    _model(instruction)
+    _model(instruction, own)
 
 
 def pseudonyms(instruction: Instruction, site: str, split_key: bytes) -> tuple[bytes, ...]:
@@ -106,41 +126,33 @@ def work(
     instruction: Instruction,
     site: str,
     arrays: Arrays,
-    *,
-    split_key: bytes | None = None,
-    cache: ActivationCache | None = None,
+    own: Own = Own(),
 ) -> LocalUpdate:
-    """One round of training at this site.
-
-    Args:
-        split_key: of a site that has a folder; None: that of a simulated site, by its name.
-        cache: where activations are kept; None: in this process alone.
-    """
+    """One round of training at this site."""
     one_thread()
     plan = own_plan(instruction, site)
     if instruction.round < 1:
         raise ConfigError(f"round={instruction.round}: expected >= 1; round 0 trains nothing")
-    training, _ = _parts(instruction, site, split_key, cache)
-    return train(
-        _model(instruction),
-        training,
-        arrays,
-        plan=plan,
-        training=instruction.training,
-        source=_source(instruction, site),
-        proximal_mu=instruction.proximal_mu,
-    )
+    with _memory_named():
+        training, _ = _parts(instruction, site, own)
+        return train(
+            _model(instruction, own),
+            training,
+            arrays,
+            plan=plan,
+            training=instruction.training,
+            source=_source(instruction, site),
+            proximal_mu=instruction.proximal_mu,
+        )
 
 
 def score(
     instruction: Instruction,
     site: str,
     arrays: Arrays,
-    *,
-    split_key: bytes | None = None,
-    cache: ActivationCache | None = None,
+    own: Own = Own(),
 ) -> ScoreCounts:
-    """Exact score counts on the held-out patients: not covered by epsilon. `split_key` and `cache` are those of `work`.
+    """Exact score counts on the held-out patients: not covered by epsilon.
 
     Raises:
         ConfigError: the run declares another kind of metrics.
@@ -149,17 +161,16 @@ def score(
     own_plan(instruction, site)
     if instruction.privacy.metrics != "exact":
         raise ConfigError(f"privacy.metrics={instruction.privacy.metrics}: expected exact for exact counts")
-    _, test = _parts(instruction, site, split_key, cache)
-    return ScoreCounts.of(logits(_model(instruction), test, arrays), test.labels.numpy())
+    with _memory_named():
+        _, test = _parts(instruction, site, own)
+        return ScoreCounts.of(logits(_model(instruction, own), test, arrays), test.labels.numpy())
 
 
 def private_score(
     instruction: Instruction,
     site: str,
     arrays: Arrays,
-    *,
-    split_key: bytes | None = None,
-    cache: ActivationCache | None = None,
+    own: Own = Own(),
 ) -> tuple[HistogramPlan, NDArray[np.float64]]:
     """A noisy histogram of the held-out patients' scores, drawn once a run: asked again, the same one.
 
@@ -176,8 +187,9 @@ def private_score(
     asked = plan, _digest(instruction, arrays)
     key = instruction.run_id, site
     if key not in _drawn:
-        _, test = _parts(instruction, site, split_key, cache)
-        found = patient_logits(_model(instruction), test, arrays).astype(np.float64)
+        with _memory_named():
+            _, test = _parts(instruction, site, own)
+            found = patient_logits(_model(instruction, own), test, arrays).astype(np.float64)
         probabilities = 1 / (1 + np.exp(-np.clip(found, -700, 700)))
         counts = plan.count(probabilities, test.labels.numpy(), test.records_of)
         _drawn[key] = asked, plan.release(counts, _source(instruction, site))
@@ -206,8 +218,8 @@ def _source(instruction: Instruction, site: str) -> RandomSource:
     return seeded(instruction.seed, zlib.crc32(site.encode()), instruction.round)
 
 
-def _model(instruction: Instruction) -> Classifier:
-    model = build(instruction.task, instruction.model, instruction.adapter)
+def _model(instruction: Instruction, own: Own) -> Classifier:
+    model = build(instruction.task, instruction.model, instruction.adapter, device=device_of(own.device))
     # Frozen random matrices are not sent: the seed gives them.
     model.initialise(instruction.seed)
     return model
@@ -224,12 +236,22 @@ def _configuration(instruction: Instruction) -> str:
     return json.dumps(parts)
 
 
-def _parts(
-    instruction: Instruction, site: str, split_key: bytes | None, cache: ActivationCache | None
-) -> tuple[LocalData, LocalData]:
+@contextlib.contextmanager
+def _memory_named() -> Iterator[None]:
+    """Say in the site's log what to do where an accelerator's memory did not suffice."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        log.error(
+            "the accelerator's memory is full: end what else uses it (nvidia-smi), or set device: cpu for this site"
+        )
+        raise
+
+
+def _parts(instruction: Instruction, site: str, own: Own) -> tuple[LocalData, LocalData]:
     # A site that computes each patient by itself does so from the first layer on.
     alone = instruction.training.physical_batch_size == 1
-    return _split(*_key(instruction, site), site, instruction.seed, split_key, cache, alone)
+    return _split(*_key(instruction, site), site, instruction.seed, own, alone)
 
 
 @lru_cache(maxsize=64)
@@ -238,13 +260,12 @@ def _split(
     version: tuple[int, ...],
     site: str,
     seed: int,
-    split_key: bytes | None,
-    cache: ActivationCache | None,
+    own: Own,
     alone: bool,
 ) -> tuple[LocalData, LocalData]:
     task = parse("task", json.loads(key)["task"])
-    batch, content = _prepared(key, version, site, split_key, cache, alone)
-    data = _read(task, site, seed, split_key)
+    batch, content = _prepared(key, version, site, own, alone)
+    data = _read(task, site, seed, own.split_key)
     if data.manifest.content_sha256 != content:
         # One patient's rows would stand beside another one's labels.
         raise DataError("the data was replaced while it was read; ask again")
@@ -256,8 +277,7 @@ def _prepared(
     key: str,
     version: tuple[int, ...],
     site: str,
-    split_key: bytes | None,
-    cache: ActivationCache | None,
+    own: Own,
     alone: bool,
 ) -> tuple[Batch, str]:
     """The site's records as the model reads them, kept between rounds and runs: the frozen part of the model is
@@ -265,8 +285,9 @@ def _prepared(
     del version
     parts = json.loads(key)
     task, model, adapter = (parse(name, parts[name]) for name in ("task", "model", "adapter"))
-    data = _read(task, site, 0, split_key)
-    batch = build(task, model, adapter).prepare(data, cache=cache, alone=alone)
+    data = _read(task, site, 0, own.split_key)
+    network = build(task, model, adapter, device=device_of(own.device))
+    batch = network.prepare(data, cache=own.cache, alone=alone)
     return batch, data.manifest.content_sha256
 
 

@@ -6,6 +6,7 @@ No torch import here: a wrong setting is reported before anything heavy is loade
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,6 +15,9 @@ from fedmed.errors import ConfigError, nearest, require
 from fedmed.model import CnnModelConfig, ImageModelConfig, TabularModelConfig, TextModelConfig
 from fedmed.schema import check_finite, from_dict
 from fedmed.task import ImageTaskConfig, TableTaskConfig
+
+# Names of `fedmed.devices.device_of`.
+DEVICE = r"^(auto|cpu|cuda(:[0-9]{1,2})?)$"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +144,9 @@ class FederationConfig:
     coordinator: str | None = None
     # Processes that play the sites: 0 picks one per core, up to the number of sites.
     workers: int = 1
+    # Where their networks compute: auto (the first GPU that PyTorch finds, else the processor), cpu, cuda or cuda:N.
+    # Of sites that have a folder, site.yaml says it.
+    device: str = "auto"
     # The fraction of sites whose good replies a round needs.
     quorum: float = 0.5
     timeout: float = 600.0
@@ -160,6 +167,16 @@ class FederationConfig:
             "null with federation=consortium: its sites are elsewhere",
         )
         require(self.workers >= 0, "federation.workers", self.workers, ">= 0")
+        require(
+            re.fullmatch(DEVICE, self.device) is not None, "federation.device", self.device,
+            "auto, cpu, cuda or cuda:N",
+        )  # fmt: skip
+        require(
+            self.device == "auto" or not self.ledgers,
+            "federation.device",
+            self.device,
+            "auto; sites with a folder of their own set device in their site.yaml",
+        )
         require(0 < self.quorum <= 1, "federation.quorum", self.quorum, "0 < quorum <= 1")
         require(self.timeout > 0, "federation.timeout", self.timeout, "> 0 seconds")
         require(

@@ -36,6 +36,7 @@ def embed(
     key: bytes | None = None,
     prompts: list[str] | None = None,
     cache: "ActivationCache | None" = None,
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> Embeddings:
     """Embed a site's records, each alone, so that no bit of a row depends on another record.
@@ -49,9 +50,11 @@ def embed(
         seed, key: of the split, as in `fedmed.data.readers.read_site`.
         prompts: texts for the text tower of a model of images and text.
         cache: where what was computed before is looked for, and kept.
+        device: as `fedmed.devices.device_of` takes it.
 
     Raises:
-        ConfigError: the model has no pretrained features, or does not read the task's records.
+        ConfigError: there is no such device; or the model has no pretrained features, or does not read the task's
+            records.
         DataError: the site has no usable record, or its data cannot be read.
         ModelError: the model cannot be loaded, is not the pinned one, or has no tower for text.
     """
@@ -59,7 +62,7 @@ def embed(
     data = read_site(task, site, seed=seed, key=key, maybe_empty=True)
     if not len(data.labels):
         raise DataError(f"site '{site}' has no usable record to embed")
-    rows, texts, how = _computed(task, model, data, prompts or [], cache, progress)
+    rows, texts, how = _computed(task, model, data, prompts or [], cache, device, progress)
     about = {
         "format": FORMAT,
         "data": described(data),
@@ -100,10 +103,12 @@ def _computed(
     data: SiteDataset,
     prompts: list[str],
     cache: "ActivationCache | None",
+    device: str,
     progress: Progress | None,
 ) -> tuple[Floats, Floats, dict[str, Any]]:
     """Rows, prompts, and how they were made: the digest of all that they depend on besides weights and records."""
     from fedmed.config import AdapterConfig
+    from fedmed.devices import device_of
     from fedmed.models.build import build
     from fedmed.models.image_text import ImageTextEncoder
     from fedmed.training import one_thread
@@ -113,7 +118,7 @@ def _computed(
     if prompts:
         assert isinstance(model, ImageModelConfig)
         assert isinstance(task, ImageTaskConfig)
-        both = ImageTextEncoder(task, model)
+        both = ImageTextEncoder(task, model, device=device_of(device))
         # Before the records: a prompt that is too long is said at once.
         texts = both.texts(prompts).numpy()
         with _counted(both.model.vision_model, len(data.labels) * data.images.shape[1], progress):
@@ -121,7 +126,7 @@ def _computed(
         return rows.numpy(), texts, _how(task, model, both.depends)
     if isinstance(model, TextModelConfig):
         model = dataclasses.replace(model, synthetic_sentences=0, components=0, feature_norm=1.0)
-    network: Any = build(task, model, AdapterConfig(kind="head"))
+    network: Any = build(task, model, AdapterConfig(kind="head"), device=device_of(device))
     passes = len(data.labels) * (data.images.shape[1] if len(data.images) else 1)
     with _counted(network.encoder, passes, progress):
         rows = network.prepare(data, cache=cache, alone=True)["features"].numpy()

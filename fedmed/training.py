@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from fedmed.config import TrainingConfig
 from fedmed.data.dataset import SiteDataset
+from fedmed.devices import free_bytes, sent
 from fedmed.models.classifier import INFERENCE_BATCH, Arrays, Batch, Classifier, select
 from fedmed.optimizers import SGD, AdamW, Optimizer
 from fedmed.privacy.dpsgd import PatientOptimizer, check_sound, private_step
@@ -22,10 +23,12 @@ from fedmed.privacy.patient_gradients import PatientGradients
 from fedmed.privacy.plan import PrivacyPlan, check_sampler
 from fedmed.privacy.randomness import RandomSource
 
-# Where no physical batch size is set: bytes that a piece's activations and their gradients may take, its most records,
-# and how many are tried first. Gradients of patients are held beside it, a block at a time.
+# Where no physical batch size is set: bytes that a piece's activations and their gradients may take, of an accelerator
+# the part of its free memory; its most records; and how many are tried first. Gradients of patients are held beside it,
+# a block at a time.
 PIECE_BYTES = 2**30
-LARGEST_PIECE = 256
+PIECE_PART = 1 / 4
+LARGEST_PIECE = {"cpu": 256, "cuda": 2048}
 FIRST_PIECE = 8
 # glibc's malloc.h; tensors that are larger go back to the system at once, and so does what is free beyond it.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -35,7 +38,7 @@ PASSED_ON_BYTES = 2**20
 
 @dataclass(frozen=True)
 class LocalData:
-    """One part (training or test) of a site, as the model reads it.
+    """One part (training or test) of a site, as the model reads it, on the host.
 
     Attributes:
         batch: named tensors, first dimension records.
@@ -147,7 +150,8 @@ def train(
 class _Room:
     """How many records may be in memory at once: as declared, else by what a first piece was seen to hold."""
 
-    def __init__(self, training: TrainingConfig) -> None:
+    def __init__(self, training: TrainingConfig, device: torch.device) -> None:
+        self._device = device
         self._measured = training.physical_batch_size is not None
         self._bf16 = training.precision == "bf16"
         self.limit = training.physical_batch_size or FIRST_PIECE
@@ -155,7 +159,7 @@ class _Room:
     def losses(self, model: Callable[..., Tensor], data: LocalData, rows: Tensor) -> Tensor:
         """As `_losses`; of the first piece what is kept for the backward pass is added up."""
         if self._measured:
-            return _losses(model, data, rows, bf16=self._bf16)
+            return _losses(model, data, rows, device=self._device, bf16=self._bf16)
         kept: dict[int, int] = {}
 
         def keep(value: Tensor) -> Tensor:
@@ -166,10 +170,12 @@ class _Room:
             return value
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-            found = _losses(model, data, rows, bf16=self._bf16)
+            found = _losses(model, data, rows, device=self._device, bf16=self._bf16)
         # Twice: what the layers wrote has a gradient each.
         record = max(1, 2 * sum(kept.values()) // len(rows))
-        self.limit = max(1, min(LARGEST_PIECE, PIECE_BYTES // record))
+        on_host = self._device.type == "cpu"
+        most = PIECE_BYTES if on_host else int(PIECE_PART * free_bytes(self._device))
+        self.limit = max(1, min(LARGEST_PIECE["cpu" if on_host else "cuda"], most // record))
         self._measured = True
         return found
 
@@ -190,13 +196,14 @@ def _train_private(
     # Of the batch the shape alone is read, which the task's configuration says.
     wrapped = PatientGradients(model, data.batch)
     private = PatientOptimizer(optimizer, plan=plan, source=source, live=wrapped.live, before_step=pull_back)
-    room = _Room(training)
+    room = _Room(training, model.device)
     try:
         for _ in range(plan.steps_per_round):
             chunks = _chunks(data, plan, room, source)
             private_step(wrapped, private, ((room.losses(wrapped, data, rows), of) for rows, of, _ in chunks))
     finally:
         wrapped.close()
+        private.close()
     return private.noise_draws
 
 
@@ -209,15 +216,14 @@ def _train_plain(
     training: TrainingConfig,
     source: RandomSource,
 ) -> None:
-    room = _Room(training)
+    room = _Room(training, model.device)
     for _ in range(plan.steps_per_round):
         for p in optimizer.parameters:
             p.grad = torch.zeros_like(p)
         for rows, patient_of_record, patients in _chunks(data, plan, room, source):
-            counts = torch.bincount(patient_of_record, minlength=patients)
-            (
-                room.losses(model, data, rows) / counts[patient_of_record] / plan.expected_batch
-            ).sum().backward()
+            counts = torch.bincount(patient_of_record, minlength=patients)[patient_of_record]
+            losses = room.losses(model, data, rows)
+            (losses / sent(counts, losses.device) / plan.expected_batch).sum().backward()
         pull_back()
         optimizer.step()
     for p in optimizer.parameters:
@@ -254,11 +260,14 @@ def _chunk(rows: list[NDArray[np.int64]]) -> tuple[Tensor, Tensor, int]:
     return torch.from_numpy(np.concatenate(rows)), torch.from_numpy(patient), len(rows)
 
 
-def _losses(model: Callable[..., Tensor], data: LocalData, rows: Tensor, *, bf16: bool) -> Tensor:
+def _losses(
+    model: Callable[..., Tensor], data: LocalData, rows: Tensor, *, device: torch.device, bf16: bool
+) -> Tensor:
     """(records,) binary cross-entropy: a sum over patients, so that each has a gradient of its own."""
-    with torch.autocast(data.labels.device.type, dtype=torch.bfloat16, enabled=bf16):
-        logits = model(**select(data.batch, rows))
-    return functional.binary_cross_entropy_with_logits(logits, data.labels[rows], reduction="none")
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+        logits = model(**select(data.batch, rows, device))
+    labels = sent(data.labels, device, rows)
+    return functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
 
 
 def _optimizer(parameters: list[nn.Parameter], training: TrainingConfig) -> Optimizer:
@@ -279,7 +288,7 @@ def logits(model: Classifier, data: LocalData, arrays: Arrays) -> NDArray[np.flo
     if not len(rows):
         # Attention cannot reshape a batch of none.
         return np.zeros(0, dtype=np.float32)
-    return torch.cat([model(**select(data.batch, piece)) for piece in rows.split(INFERENCE_BATCH)]).numpy()
+    return _scores(model, data, rows).numpy()
 
 
 @torch.no_grad()
@@ -294,5 +303,11 @@ def patient_logits(model: Classifier, data: LocalData, arrays: Arrays) -> NDArra
     found = torch.zeros(len(data.labels))
     for records in data.records_of:
         rows = torch.from_numpy(records)
-        found[rows] = torch.cat([model(**select(data.batch, piece)) for piece in rows.split(INFERENCE_BATCH)])
+        found[rows] = _scores(model, data, rows)
     return found.numpy()
+
+
+def _scores(model: Classifier, data: LocalData, rows: Tensor) -> Tensor:
+    """(rows,) logits, on the host."""
+    pieces = rows.split(INFERENCE_BATCH)
+    return torch.cat([model(**select(data.batch, piece, model.device)) for piece in pieces]).cpu()

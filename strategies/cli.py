@@ -282,13 +282,16 @@ def _run_local(config: "RunConfig", overrides: list[str]) -> None:
         from strategies.server_app import app
 
         client_app = load_object(CLIENT_APP)
+        from fedmed.devices import check
+
+        check(config.federation.device)
     sites = list(config.task.declared_sizes)
     workers = config.federation.workers or min(os.cpu_count() or 1, len(sites))
-    folder = config.federation.sites
+    folder, device = config.federation.sites, {"device": config.federation.device}
     run_in_process(
         app,
         client_app,
-        nodes=[{"site-folder": str(Path(folder, site).absolute())} if folder else {} for site in sites],
+        nodes=[{"site-folder": str(Path(folder, site).absolute())} if folder else device for site in sites],
         workers=workers,
         run_config={"overrides": shlex.join(overrides)},
     )

@@ -10,6 +10,7 @@ import psutil
 
 from fedmed.config import RunConfig, StrategyConfig
 from fedmed.data.readers import made_up
+from fedmed.devices import device_of
 from fedmed.models.build import build
 from fedmed.privacy.plan import PrivacyPlan, check_sampler, make_plan
 from fedmed.privacy.randomness import seeded
@@ -76,12 +77,13 @@ def coordinator_payloads(strategy: StrategyConfig, arrays: Arrays, *, sites: int
 
 
 def _measure(config: RunConfig, plan: PrivacyPlan) -> tuple[float, float]:
-    """Seconds to prepare a site once, and median seconds of one training step, on this machine, one core."""
+    """Seconds to prepare a site once, and median seconds of one training step, on this machine: one core, or its
+    accelerator."""
     expected = max(1, math.ceil(plan.expected_batch))
     # Preparing is linear in the records: a sample of them is enough.
     records = min(plan.declared_size, max(expected, 32))
     data = made_up(config.task, records)
-    model = build(config.task, config.model, config.adapter)
+    model = build(config.task, config.model, config.adapter, device=device_of(config.federation.device))
     began = time.perf_counter()
     training, _ = local_parts(model.prepare(data), data)
     prepare = (time.perf_counter() - began) * plan.declared_size / records

@@ -57,6 +57,10 @@ def test_a_site_is_embedded(folder: Path, tmp_path: Path) -> None:
         (["--site", "a", "--output", "new", "--texts", "bytes.txt"], "not UTF-8"),
         (["--site", "a", "--output", "new", "--key", "short"], "--key short: expected a file of 32 bytes"),
         (["--site", "a", "--output", "new", f"model.sha256={'0' * 64}"], "model.sha256=000000000000…"),
+        (
+            ["--site", "a", "--output", "new", "--device", "gpu"],
+            "--device gpu: expected auto, cpu, cuda or cuda:N",
+        ),
         (["--site", "a", "--output", "new", "modle=x"], "no setting 'modle'"),
     ],
 )
@@ -72,6 +76,14 @@ def test_what_is_wrong_is_said_in_one_line_before_torch_is_loaded(
     assert said in ended.err
     assert not ended.torch
     assert not (folder / "new").exists()
+
+
+def test_an_accelerator_that_is_not_there_is_said(folder: Path, tmp_path: Path) -> None:
+    given = ["--site", "a", "--output", str(tmp_path / "out"), "--device", "cuda:99"]
+    ended = heavy()("embed", *settings(folder), *given)
+    assert ended.code == 2
+    assert ended.err.splitlines()[-1].startswith("error: device=cuda:99: PyTorch ")
+    assert not (tmp_path / "out").exists()
 
 
 def test_help_has_examples() -> None:

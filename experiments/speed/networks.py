@@ -126,5 +126,5 @@ def plan(setting: Setting) -> PrivacyPlan:
     """Noise 1.0 and clip 1.0, of a site sixteen batches large."""
     return PrivacyPlan(
         unit="patient", declared_size=16 * setting.patients, sample_rate=1 / 16, records_per_patient=setting.images,
-        max_grad_norm=1.0, noise_multiplier=1.0, steps_per_round=1, rounds=1, delta=1e-5,
+        max_grad_norm=1.0, noise_multiplier=1.0, steps_per_round=1000, rounds=1, delta=1e-5,
     )  # fmt: skip

@@ -22,6 +22,7 @@ from networks import Setting, network, plan, records
 from torch import Tensor
 from torch.nn import functional
 
+from fedmed.devices import CPU, sent
 from fedmed.optimizers import SGD
 from fedmed.privacy.dpsgd import PatientOptimizer, private_step
 from fedmed.privacy.patient_gradients import PatientGradients
@@ -52,11 +53,11 @@ SETTINGS = [
 
 
 class Sides:
-    """The same network with and without privacy, each with its own optimizer."""
+    """The same network with and without privacy, each with its own optimizer; records wait on the host."""
 
-    def __init__(self, setting: Setting, device: torch.device | str = "cpu") -> None:
-        values, labels, self.patients = records(setting)
-        self.values, self.labels = values.to(device), labels.to(device)
+    def __init__(self, setting: Setting, device: torch.device = CPU) -> None:
+        self.values, self.labels, self.patients = records(setting)
+        self.device = device
         self.bf16 = setting.bf16
         self.models = {side: network(setting).to(device) for side in ("plain", "private")}
         optimizers = {
@@ -71,9 +72,10 @@ class Sides:
         )
 
     def losses(self, model: Callable[..., Tensor]) -> Tensor:
-        with torch.autocast(self.values.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            logits = model(values=self.values)
-        return functional.binary_cross_entropy_with_logits(logits, self.labels, reduction="none")
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            logits = model(values=sent(self.values, self.device))
+        labels = sent(self.labels, self.device)
+        return functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
 
     def plain(self) -> None:
         self.losses(self.models["plain"]).mean().backward()

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,15 +50,23 @@ def embed(
             metavar="FILE", help="The key of a site that has a folder, for the part that it holds out."
         ),
     ] = None,
+    device: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="auto (the first GPU, else the processor), cpu, cuda or cuda:N."),
+    ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Compose, check, embed, write."""
     from fedmed.compose import compose
+    from fedmed.config import DEVICE
     from fedmed.data.readers import version_of
     from fedmed.embed import check
     from fedmed.embed import embed as made_of
     from fedmed.embeddings import ABOUT, check_output
+    from fedmed.errors import ConfigError
 
+    if re.fullmatch(DEVICE, device) is None:
+        raise ConfigError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
     config = compose(list(overrides or []))
     prompts = _prompts(texts) if texts else None
     check(config.task, config.model, prompts)
@@ -73,7 +82,8 @@ def embed(
 
     with _bar() as progress:
         made = made_of(
-            config.task, config.model, site, seed=config.seed, key=secret, prompts=prompts, progress=progress,
+            config.task, config.model, site, seed=config.seed, key=secret, prompts=prompts, device=device,
+            progress=progress,
             # A site's own folder is another place: nothing of its records is kept here.
             cache=None if key else at_home(),
         )  # fmt: skip

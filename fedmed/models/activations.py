@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fedmed.data.dataset import SiteDataset
 from fedmed.data.split import fedmed_home
+from fedmed.devices import CPU, in_words
 
 log = logging.getLogger("fedmed.cache")
 
@@ -194,6 +195,7 @@ class Asked:
         depends: what activations depend on besides the records and how far the model is run, as JSON.
         inputs: the records as the model reads them.
         where: the data's place.
+        device: where it is computed; what comes of it is on the host.
     """
 
     cache: ActivationCache | None
@@ -201,6 +203,7 @@ class Asked:
     where: str | None
     depends: dict[str, Any]
     inputs: dict[str, Tensor]
+    device: torch.device = CPU
 
     def features(self, pieces: Pieces) -> Tensor:
         """What the head reads, in full precision: it is small."""
@@ -224,7 +227,7 @@ class Asked:
             return _computed(pieces, dtype)
         versions = {name: version(name) for name in ("torch", "transformers")}
         return self.cache.tensor(
-            self.depends | of | versions | {"dtype": _name(dtype)},
+            self.depends | of | versions | {"dtype": _name(dtype), "device": in_words(self.device)},
             source=self._source,
             records=digest_of(self.inputs),
             rows=len(self.data.labels),

@@ -17,6 +17,7 @@ from fedmed.config import AdapterConfig
 from fedmed.data.dataset import SiteDataset
 from fedmed.data.sentences import synthetic_sentences
 from fedmed.data.table import feature_names
+from fedmed.devices import CPU, sent
 from fedmed.model import TabularModelConfig, TextModelConfig
 from fedmed.models.activations import ActivationCache, Asked
 from fedmed.models.adapters import add_adapter
@@ -54,6 +55,11 @@ class Classifier(nn.Module):
         return {name: p for name, p in sorted(self.named_parameters()) if p.requires_grad}
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes. What it prepares, and its arrays, are on the host."""
+        return next(self.parameters()).device
+
+    @property
     def trainable(self) -> int:
         """The number of trainable parameters: each is noised in every private step."""
         return sum(p.numel() for p in self.adapter().values())
@@ -73,7 +79,7 @@ class Classifier(nn.Module):
                     parameter.copy_(torch.from_numpy(values.astype(np.float32)))
                 elif name in self.built:
                     parameter.copy_(self.built[name])
-        return {name: p.detach().numpy().copy() for name, p in self.adapter().items()}
+        return {name: p.detach().cpu().numpy().copy() for name, p in self.adapter().items()}
 
     def drawn(self, name: str, parameter: nn.Parameter) -> bool:
         """Whether a parameter starts at random rather than as it was built: LoRA's A."""
@@ -179,17 +185,17 @@ class TextClassifier(Classifier):
         self.eval()
         if not data.texts:
             # Of a site without a usable record: tensors of no record, shaped like any others.
-            Asked(cache, data, self.where, {}, {}).forget_earlier()
+            Asked(cache, data, self.where, {}, {}, self.device).forget_earlier()
             some = dataclasses.replace(data, texts=["-"])
             return {name: tensor[:0] for name, tensor in self.prepare(some).items()}
         # Stored at one length: a record's state must not depend on the batch that it came in. The longest text of a
         # site is somebody's, and whose removal would shorten all others, down to their last bits.
         inputs = self.tokenize(data.texts, whole=alone)
         size = 1 if alone else INFERENCE_BATCH
-        asked = Asked(cache, data, self.where, self._depends | {"batch": size}, inputs)
+        asked = Asked(cache, data, self.where, self._depends | {"batch": size}, inputs, self.device)
         if self.head_only:
             pooled = asked.features(lambda: iter([self.pooled(data.texts, size=size)]))
-            return {"features": (pooled - self.mean) @ self.projection}
+            return {"features": (pooled - self.mean.cpu()) @ self.projection.cpu()}
         if self.cut is not None:
             inputs["state"] = asked.state(
                 self.cut, lambda: self._states(inputs, size), self.config.activations
@@ -200,7 +206,8 @@ class TextClassifier(Classifier):
         assert self.cut is not None
         pieces = (inputs[name].split(size) for name in ("input_ids", "attention_mask"))
         for ids, mask in zip(*pieces, strict=True):
-            yield capture(self.encoder, self.cut, self._encoder_inputs(ids, mask))
+            inputs = self._encoder_inputs(sent(ids, self.device), sent(mask, self.device))
+            yield capture(self.encoder, self.cut, inputs).cpu()
 
     @property
     def _depends(self) -> dict[str, Any]:
@@ -229,8 +236,9 @@ class TextClassifier(Classifier):
         pooled: list[Tensor] = [torch.empty(0)] * len(texts)
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
-            inputs = self.tokenize([texts[index] for index in chosen])
-            rows = self._pool(self._encode(**inputs), inputs["attention_mask"])
+            found = self.tokenize([texts[index] for index in chosen])
+            inputs = {name: sent(values, self.device) for name, values in found.items()}
+            rows = self._pool(self._encode(**inputs), inputs["attention_mask"]).cpu()
             for index, row in zip(chosen, rows, strict=True):
                 pooled[index] = row
         return torch.stack(pooled)
@@ -244,13 +252,26 @@ class TextClassifier(Classifier):
     def _encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self.encoder(**self._encoder_inputs(input_ids, attention_mask)).last_hidden_state
 
-    def _encoder_inputs(self, input_ids: Tensor, attention_mask: Tensor) -> Batch:
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    def _encoder_inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         if self.model_type == "bert":
             # Given per record, so that the position table's gradient has one row a record.
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)
             inputs["position_ids"] = positions.expand(len(input_ids), -1)
+        if input_ids.device.type != "cpu" and self.encoder.config._attn_implementation == "sdpa":
+            inputs["attention_mask"] = self._masks(attention_mask)
         return inputs
+
+    def _masks(self, attention_mask: Tensor) -> Any:
+        """Of (records, tokens), as the encoder makes them, which asks an accelerator whether there is padding."""
+        whole = attention_mask.bool()[:, None, None]
+        if self.model_type == "bert":
+            return whole
+        if self.model_type == "modernbert":
+            places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+            near = (places[:, None] - places).abs() <= self.encoder.config.sliding_window
+            return {"full_attention": whole, "sliding_attention": whole & near}
+        return attention_mask
 
     def _pool(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         if self.config.pooling == "cls":
@@ -282,9 +303,9 @@ class TextClassifier(Classifier):
         return torch.from_numpy(mean).float(), torch.from_numpy(self.config.feature_norm * projection).float()
 
 
-def select(batch: Mapping[str, Tensor], indices: Tensor) -> Batch:
-    """The rows `indices` of every tensor."""
-    return {name: tensor[indices] for name, tensor in batch.items()}
+def select(batch: Mapping[str, Tensor], indices: Tensor, device: torch.device = CPU) -> Batch:
+    """The rows `indices` of every tensor, on a device."""
+    return {name: sent(tensor, device, indices) for name, tensor in batch.items()}
 
 
 def zero(head: nn.Linear) -> None:

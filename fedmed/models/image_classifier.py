@@ -1,7 +1,7 @@
 """A pretrained image encoder with a head."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from fedmed.config import AdapterConfig
 from fedmed.data.dataset import SiteDataset
+from fedmed.devices import sent
 from fedmed.errors import ModelError
 from fedmed.model import ImageModelConfig
 from fedmed.models.activations import ActivationCache, Asked
@@ -73,7 +74,7 @@ class ImageClassifier(Classifier):
         self.eval()
         if not len(data.images):
             # Of a site without a usable record: tensors of no record, shaped like any others.
-            Asked(cache, data, self.where, {}, {}).forget_earlier()
+            Asked(cache, data, self.where, {}, {}, self.device).forget_earlier()
             some = dataclasses.replace(data, images=np.zeros((1, *data.images.shape[1:]), dtype=np.float32))
             return {name: tensor[:0] for name, tensor in self.prepare(some).items()}
         records = torch.from_numpy(data.images)
@@ -81,12 +82,15 @@ class ImageClassifier(Classifier):
         def images() -> Iterator[Tensor]:
             return (self.preprocessor.cut(record[None]) for record in records)
 
-        asked = Asked(cache, data, self.where, self._depends, {"images": records})
+        def through(part: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+            return (part(sent(image, self.device)).cpu() for image in images())
+
+        asked = Asked(cache, data, self.where, self._depends, {"images": records}, self.device)
         if self.head_only:
-            return {"features": asked.features(lambda: (self._features(one, None) for one in images()))}
+            return {"features": asked.features(lambda: through(self._features))}
         if self.cut is None:
             return {"images": torch.cat(list(images()))}
-        return {"state": asked.state(self.cut, lambda: map(self._state, images()), self.config.activations)}
+        return {"state": asked.state(self.cut, lambda: through(self._state), self.config.activations)}
 
     @property
     def _depends(self) -> dict[str, Any]:
@@ -129,7 +133,7 @@ class ImageClassifier(Classifier):
         slices = images.split(1, dim=1)
         return torch.stack([capture(self.encoder, self.cut, self._inputs(one)) for one in slices], dim=1)
 
-    def _features(self, images: Tensor | None, state: Tensor | None) -> Tensor:
+    def _features(self, images: Tensor | None, state: Tensor | None = None) -> Tensor:
         """(records, width): the mean over a record's slices, of norm `feature_norm`."""
         if state is not None:
             pooled = [self._replayed(one.float()) for one in state.unbind(1)]
@@ -167,7 +171,7 @@ class ImageClassifier(Classifier):
         """(1, width) features of a black image: the first time that the encoder meets this size."""
         self.eval()
         try:
-            return self._features(torch.zeros(1, 1, *self.size), None)
+            return self._features(torch.zeros(1, 1, *self.size))
         except (RuntimeError, ValueError):
             raise ModelError(
                 f"model.image_size={self.config.image_size}: the encoder cannot read images of "

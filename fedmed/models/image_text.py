@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedmed.data.dataset import SiteDataset
+from fedmed.devices import CPU, sent
 from fedmed.errors import ConfigError
 from fedmed.model import ImageModelConfig
 from fedmed.models.activations import ActivationCache, Asked
@@ -26,9 +27,10 @@ class ImageTextEncoder:
         ModelError: the folder does not hold both towers and a tokenizer, or is not the pinned one.
     """
 
-    def __init__(self, task: ImageTaskConfig, model: ImageModelConfig) -> None:
-        self.config, self.where = model, task.path
+    def __init__(self, task: ImageTaskConfig, model: ImageModelConfig, *, device: torch.device = CPU) -> None:
+        self.config, self.where, self.device = model, task.path, device
         self.model, self.tokenizer, self.preprocessor = load_image_text(model)
+        self.model.to(device)
         size = self.preprocessor.size(task.image_size, task.image_size)
         own = self.model.config.vision_config.image_size
         self.interpolated = size != (own, own)
@@ -52,9 +54,12 @@ class ImageTextEncoder:
         def pieces() -> Iterator[Tensor]:
             for record in records:
                 slices = self.preprocessor.cut(record[None]).split(1, dim=1)
-                yield functional.normalize(torch.stack([self._image(one) for one in slices]).mean(dim=0))
+                yield functional.normalize(
+                    torch.stack([self._image(one) for one in slices]).mean(dim=0)
+                ).cpu()
 
-        return Asked(cache, data, self.where, self.depends, {"images": records}).features(pieces)
+        asked = Asked(cache, data, self.where, self.depends, {"images": records}, self.device)
+        return asked.features(pieces)
 
     @torch.no_grad()
     def texts(self, prompts: list[str]) -> Tensor:
@@ -75,14 +80,13 @@ class ImageTextEncoder:
                 raise ConfigError(
                     f"--texts: prompt {number} has {tokens} tokens; expected at most {self.most_tokens}"
                 )
-            known = {"input_ids": inputs["input_ids"]}
-            if not padding:
-                known["attention_mask"] = inputs["attention_mask"]
-            rows.append(functional.normalize(self.model.get_text_features(**known).pooler_output))
+            names = ("input_ids",) if padding else ("input_ids", "attention_mask")
+            known = {name: sent(inputs[name], self.device) for name in names}
+            rows.append(functional.normalize(self.model.get_text_features(**known).pooler_output).cpu())
         return torch.cat(rows)
 
     def _image(self, image: Tensor) -> Tensor:
-        inputs: dict[str, Any] = {"pixel_values": self.preprocessor.scaled(image)}
+        inputs: dict[str, Any] = {"pixel_values": self.preprocessor.scaled(sent(image, self.device))}
         if self.interpolated:
             inputs["interpolate_pos_encoding"] = True
         found: Tensor = self.model.get_image_features(**inputs).pooler_output

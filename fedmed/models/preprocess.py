@@ -11,12 +11,14 @@ Torch is loaded by the first image: what is wrong with a file is said before.
 
 import json
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmed.errors import ModelError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 PROCESSOR = "preprocessor_config.json"
@@ -147,7 +149,7 @@ class Preprocessor:
 
     def scaled(self, images: "Tensor") -> "Tensor":
         """Three channels, each less its mean, over its deviation."""
-        mean, std = (images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        mean, std = (_constants(values, images.dtype, images.device) for values in (self.mean, self.std))
         return (images - mean) / std
 
     def _resized(self, size: int) -> "Preprocessor":
@@ -156,6 +158,16 @@ class Preprocessor:
         if isinstance(self.resize, int):
             whole = round(self.resize * size / min(self.crop)) if self.crop else size
         return replace(self, resize=whole, crop=(size, size) if self.crop else None)
+
+
+@lru_cache(maxsize=16)
+def _constants(values: tuple[float, ...], dtype: "torch.dtype", device: "torch.device") -> "Tensor":
+    """(channels, 1, 1)."""
+    import torch
+
+    from fedmed.devices import sent
+
+    return sent(torch.tensor(values, dtype=dtype), device)[:, None, None]
 
 
 def _name(path: Path, values: dict[str, Any], default: str) -> str:

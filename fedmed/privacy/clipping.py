@@ -14,7 +14,6 @@ from torch import Tensor
 from fedmed.privacy.block_gradients import BlockGradients
 from fedmed.privacy.gaussian import draw_cells
 from fedmed.privacy.grid import Grid
-from fedmed.privacy.randomness import RandomSource
 
 # Entries at most whose squares are added up in the gradient's own type; the sums of such pieces are added in float64.
 PIECE = 512
@@ -73,7 +72,7 @@ class ClippedSum:
         norms = norm_bounds(gradients)
         finite = torch.isfinite(norms)
         # On an accelerator to ask would be to wait.
-        if norms.is_cuda or not bool(finite.all()):
+        if norms.device.type != "cpu" or not bool(finite.all()):
             gradients = [part.masked_fill(~finite[:, None], 0) for part in gradients]
             norms = norms.masked_fill(~finite, 0)
         kind = gradients[0].dtype
@@ -90,7 +89,7 @@ class ClippedSum:
     def _sum(self, gradients: list[Tensor], cell: Tensor, total: Tensor) -> None:
         """Into (entries,) the sum of (pieces, patients, entries) parts in each patient's cells (patients, 1)."""
         most = max(CACHED_ENTRIES, len(cell))
-        if cell.is_cuda:
+        if cell.device.type != "cpu":
             most = sum(part.numel() for part in gradients)
         if self._quotients.dtype != cell.dtype or self._quotients.numel() < most:
             self._quotients = cell.new_empty(most)
@@ -183,11 +182,9 @@ def load_compiled() -> None:
     draw_cells(1, bytes)
 
 
-def noised(cells: Tensor, *, grid: Grid, source: RandomSource) -> Tensor:
-    """A sum of clipped gradients with its noise, as float64 in the gradient's unit.
+def noised(cells: Tensor, noise: Tensor, *, grid: Grid) -> Tensor:
+    """A sum of clipped gradients with its noise, both whole cells, as float64 in the gradient's unit.
 
     What happens after the integer addition is post-processing.
     """
-    noise = torch.from_numpy(grid.noise(cells.numel(), source)).view(cells.shape).to(cells.device)
-    noise += cells
-    return noise.double().mul_(grid.cell)
+    return (cells + noise).double().mul_(grid.cell)

@@ -15,13 +15,14 @@ from numba.extending import intrinsic
 
 
 def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """As `numba.njit`; compiled anew in every process where there is no place to keep it."""
+    """As `numba.njit`, other threads of Python go on beside it; compiled anew in every process where there is no place
+    to keep it."""
 
     def decorate(function: Callable[..., Any]) -> Any:
         try:
-            return numba.njit(cache=True, **options)(function)
+            return numba.njit(cache=True, nogil=True, **options)(function)
         except RuntimeError:
-            return numba.njit(**options)(function)
+            return numba.njit(nogil=True, **options)(function)
 
     return decorate
 

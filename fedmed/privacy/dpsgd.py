@@ -17,6 +17,7 @@ from fedmed.privacy.layer_gradients import has_rule
 from fedmed.privacy.patient_gradients import Layout, PatientGradients
 from fedmed.privacy.plan import PrivacyPlan
 from fedmed.privacy.randomness import RandomSource
+from fedmed.privacy.step_noise import StepNoise
 
 
 class PatientOptimizer:
@@ -44,7 +45,6 @@ class PatientOptimizer:
         self.grid = plan.grid
         self.noise_draws = 0
         self._optimizer = optimizer
-        self.source = source
         self._live = live or {}
         self._before_step = before_step
         self._divisor = plan.expected_batch
@@ -52,9 +52,12 @@ class PatientOptimizer:
         self._layout: Layout = []
         self._sum: ClippedSum | None = None
         self._totals: dict[nn.Parameter, tuple[Place, Tensor]] = {}
-        if all(p.device.type == "cpu" for p in self.parameters):
-            # Before the network takes memory: what is loaded in its midst keeps that from being used again.
-            load_compiled()
+        # Before the network takes memory: what is loaded in its midst keeps that from being used again.
+        load_compiled()
+        self._noise = StepNoise(
+            sum(Place(self._live.get(p, ())).of(p).numel() for p in self.parameters), grid=self.grid, source=source,
+            device=self.parameters[0].device, steps=plan.steps_per_round,
+        )  # fmt: skip
         # Kept from step to step, as fresh pages cost more than what is written to them.
         self._applied = [torch.empty_like(p) for p in self.parameters]
 
@@ -108,7 +111,7 @@ class PatientOptimizer:
     def noised(self, cells: Tensor) -> Tensor:
         """(entries,) float64: a sum with the plan's Gaussian. From here on everything is post-processing."""
         self.noise_draws += 1
-        return noised(cells, grid=self.grid, source=self.source)
+        return noised(cells, self._noise.take(), grid=self.grid)
 
     def step(self) -> None:
         """One step with noise, however many patients were accumulated."""
@@ -128,6 +131,10 @@ class PatientOptimizer:
         self._optimizer.step()
         for p in self.parameters:
             p.grad = None
+
+    def close(self) -> None:
+        """After the last step."""
+        self._noise.close()
 
 
 def _split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedmed.devices import CPU, sent
 from fedmed.errors import PrivacyError
 from fedmed.privacy.block_gradients import (
     Block,
@@ -47,23 +48,23 @@ class Owners:
     groups: list[tuple[int, int]]
 
     @classmethod
-    def of(cls, patient_of_record: Tensor) -> "Owners":
-        """From any numbering of the patients, (records,) int64, on the host."""
+    def of(cls, patient_of_record: Tensor, device: torch.device = CPU) -> "Owners":
+        """From any numbering of the patients, (records,) int64, on the host; its own tensors are on the device."""
         patients = len(patient_of_record)
         if patients and torch.equal(patient_of_record, torch.arange(patients)):
             # One record each, as in most batches.
-            return cls(torch.ones_like(patient_of_record), None, [(patients, 1)])
+            return cls(torch.ones_like(patient_of_record, device=device), None, [(patients, 1)])
         own = torch.bincount(patient_of_record)
         counts = own[patient_of_record]
         order = torch.argsort(counts * len(own) + patient_of_record, stable=True)
         sizes, records = torch.unique_consecutive(counts[order], return_counts=True)
         groups = [(int(many) // int(size), int(size)) for size, many in zip(sizes, records, strict=True)]
         in_order = torch.equal(order, torch.arange(len(order)))
-        return cls(counts, None if in_order else order, groups)
+        return cls(sent(counts, device), None if in_order else sent(order, device), groups)
 
     def ordered(self, values: Tensor) -> Tensor:
         """(records, …) in order."""
-        return values if self.order is None else values[self.order.to(values.device)]
+        return values if self.order is None else values[self.order]
 
     def blocks(self, most: int) -> Iterator[Block]:
         """All patients, at most that many at a time."""
@@ -159,9 +160,9 @@ class PatientGradients:
             PrivacyError: a layer works in place on what a trainable one read or wrote, or the first dimension of
                 that is not the records.
         """
-        owners = Owners.of(patient_of_record)
+        owners = Owners.of(patient_of_record, losses.device)
         # The mean is taken here: the gradient of a record's share is its share of the gradient.
-        mean = (losses / owners.counts.to(losses.device)).sum()
+        mean = (losses / owners.counts).sum()
         calls, self._calls = self._calls, []
         # Of the layers' outputs and not of the parameters: autograd then computes no gradient of the whole batch.
         for call in calls:
@@ -222,7 +223,13 @@ def _live(model: nn.Module, example: Mapping[str, Tensor]) -> dict[Tensor, Regio
     ]
     try:
         if hooks:
-            model(**{name: values.new_zeros(1, *values.shape[1:]) for name, values in example.items()})
+            device = next(model.parameters()).device
+            model(
+                **{
+                    name: torch.zeros(1, *values.shape[1:], dtype=values.dtype, device=device)
+                    for name, values in example.items()
+                }
+            )
     finally:
         for hook in hooks:
             hook.remove()

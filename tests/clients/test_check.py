@@ -29,7 +29,7 @@ from clients.finding import Finding
 from clients.folder import KEY, POLICY, SiteFolder
 from clients.policy import Policy
 from clients.policy_file import render
-from fedmed.errors import DataError, ModelError
+from fedmed.errors import ConfigError, DataError, ModelError
 from fedmed.model import CnnModelConfig, TabularModelConfig
 from fedmed.task import ImageTaskConfig, TableTaskConfig
 from tests.clients.planted import PLANTERS, leaks
@@ -106,6 +106,34 @@ def test_a_site_that_is_ready_gets_only_ok_and_is_left_as_it_was(
     assert "nothing was sent or kept" in lines[-1]
     assert everything(tmp_path) == before
     assert "key" not in out or (site / KEY).read_bytes().hex() not in out
+
+
+def dry_findings(monkeypatch: pytest.MonkeyPatch, **values: Any) -> list[str]:
+    """What is said of a dry round whose process prints this."""
+    ended = subprocess.CompletedProcess([], 0, stdout=json.dumps(values) + "\n")
+    monkeypatch.setattr(clients.check.subprocess, "run", lambda *_, **__: ended)
+    return [one.line for one in clients.check._dry_round(Path())]
+
+
+def test_what_training_used_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    took = {"model": "cnn", "data": "x", "seconds": 1.0, "peak_mb": 2000.0}
+    seen = "NVIDIA H200, 140 of 150 GB free"
+    gpu, _ = dry_findings(monkeypatch, gpu="", **took)
+    assert gpu.endswith("none; training uses the processor")
+    gpu, _ = dry_findings(monkeypatch, gpu=seen, **took)
+    assert gpu.endswith(f"{seen}; training uses the processor")
+    gpu, took_long = dry_findings(monkeypatch, gpu=seen, **took, device="NVIDIA H200", device_peak_mb=500.0)
+    assert gpu.endswith(f"{seen}; training uses NVIDIA H200")
+    assert "1.0 s, 2.0 GB at most and 0.5 GB of the GPU's; nothing was sent" in took_long
+    gpu, failed = dry_findings(monkeypatch, gpu=seen, error="device=cuda:1: PyTorch finds 1")
+    assert gpu.endswith(seen)
+    assert failed.startswith("TODO")
+
+
+def test_a_dry_round_goes_where_runs_will(site: Path) -> None:
+    change(site, device="cuda:99")
+    with pytest.raises(ConfigError, match=r"^device=cuda:99: "):
+        dry_round(site)
 
 
 @pytest.mark.usefixtures("no_round")

@@ -281,7 +281,9 @@ def test_no_error_holds_a_secret(site: SiteFolder) -> None:
 
 
 def update(config: RunConfig, key: bytes) -> Arrays:
-    return clients.site.work(instruction_of(config), SITE, start(config), split_key=key).delta
+    return clients.site.work(
+        instruction_of(config), SITE, start(config), clients.site.Own(split_key=key)
+    ).delta
 
 
 @pytest.mark.parametrize("number", range(count(1, 5)))
@@ -295,7 +297,9 @@ def test_the_split_of_a_site_with_a_folder_is_its_folder_s(
     names = list(dict.fromkeys(record["id"] for record in records if record["site"] == SITE))
     held = hash_split(names, fraction=0.34, key=site.split_key)
     out = {name for name, hit in zip(names, held, strict=True) if hit}
-    scored = clients.site.score(instruction_of(config), SITE, start(config), split_key=site.split_key)
+    scored = clients.site.score(
+        instruction_of(config), SITE, start(config), clients.site.Own(split_key=site.split_key)
+    )
     assert scored.records == sum(record["id"] in out for record in records)
     before = update(config, site.split_key)
     changed = [record | {"age": "7"} if record["id"] in out else record for record in records]

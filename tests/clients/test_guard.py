@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from dp_accounting.pld import PLDAccountant
 from flwr.app import MessageType, RecordDict
 
@@ -698,3 +699,48 @@ def test_a_run_cannot_put_its_cost_together_from_several_quotes(
     assert answer.refusal is not None
     assert "all that it was promised" in answer.refusal
     assert states(site) == before
+
+
+def test_an_accelerator_that_is_not_there_stops_a_site_before_anything_is_charged(
+    tmp_path: Path, data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = make_site(tmp_path / "a", "a", held_out="none", budget=60).path
+    asked = instruction(settings(data))
+    quoted(site, asked)
+    before = states(site)
+    change_policy(site, **{**GENEROUS, "device": "cuda:99"})
+    assert trained(site, asked).error.reason == "site-failed"
+    assert states(site) == before
+    assert "device=cuda:99: PyTorch" in caplog.text
+    change_policy(site, **{**GENEROUS, "device": "cpu"})
+    assert not trained(site, asked).has_error()
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu"])
+def test_the_site_chooses_where_networks_compute(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    site = make_site(tmp_path / "a", "a", held_out="none", budget=60, device=name).path
+    asked = instruction(settings(data))
+    quoted(site, asked)
+    seen = []
+    device_of = clients.site.device_of
+    monkeypatch.setattr(clients.site, "device_of", lambda name: (seen.append(name), device_of("cpu"))[1])
+    assert not trained(site, asked).has_error()
+    assert set(seen) == {name}
+
+
+def test_what_to_do_about_an_accelerators_full_memory_is_in_the_log(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = make_site(tmp_path / "a", "a", held_out="none", budget=60).path
+    asked = instruction(settings(data))
+    quoted(site, asked)
+
+    def train(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("a tensor of somebody's")
+
+    monkeypatch.setattr(clients.site, "train", train)
+    assert trained(site, asked).error.reason == "site-failed"
+    assert "memory is full: end what else uses it (nvidia-smi), or set device: cpu" in caplog.text
+    assert "somebody" not in caplog.text

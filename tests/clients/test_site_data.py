@@ -41,10 +41,10 @@ def test_records_are_never_those_of_one_version_and_labels_those_of_another(
 
     monkeypatch.setattr(clients.site, "_read", reading)
     with pytest.raises(DataError, match="replaced while it was read; ask again"):
-        clients.site._parts(asked, SITE, None, None)
+        clients.site._parts(asked, SITE, clients.site.Own())
     assert calls[0] > calls[1]
     # Asked again, all is of the new version.
-    training, _ = clients.site._parts(asked, SITE, None, None)
+    training, _ = clients.site._parts(asked, SITE, clients.site.Own())
     data = read(asked.task, SITE, asked.seed, None)
     assert np.array_equal(training.batch["features"].numpy(), data.features[data.part(test=False)])
     assert np.array_equal(training.labels.numpy(), data.labels[data.part(test=False)])
@@ -59,8 +59,8 @@ def test_patients_who_are_computed_apart_are_prepared_apart(
     asked, seen = dataclasses.replace(asked, training=training), []
     build = clients.site.build
 
-    def built(*given: Any) -> Any:
-        model = build(*given)
+    def built(*given: Any, **settings: Any) -> Any:
+        model = build(*given, **settings)
         prepare = model.prepare
         monkeypatch.setattr(
             model,
@@ -70,5 +70,5 @@ def test_patients_who_are_computed_apart_are_prepared_apart(
         return model
 
     monkeypatch.setattr(clients.site, "build", built)
-    clients.site._parts(asked, SITE, None, None)
+    clients.site._parts(asked, SITE, clients.site.Own())
     assert seen == [alone]

@@ -212,6 +212,7 @@ RANGES: list[tuple[type, str, list[Any], list[Any]]] = [
     (StrategyConfig, "norm_bound", [0.0], [-0.1]),
     (FederationConfig, "kind", [], ["ray"]),
     (FederationConfig, "workers", [0, 1], [-1]),
+    (FederationConfig, "device", ["auto", "cpu", "cuda", "cuda:1"], ["gpu", "", "cuda:", "cuda:-1", "cpu:0"]),
     (FederationConfig, "quorum", [0.01, 1.0], [0.0, 1.01]),
     (FederationConfig, "timeout", [0.1], [0.0, -1.0]),
     (FederationConfig, "approval_timeout", [0.0, 1.0], [-1.0]),
@@ -267,6 +268,15 @@ def test_every_setting_with_a_range_is_in_the_table() -> None:
         # What a class inherits is in the table once; what is written about a model is free.
         if field.name not in free and field.name in cls.__annotations__ and cls is not ModelAbout
     }
+
+
+def test_sites_with_a_folder_say_themselves_where_networks_compute() -> None:
+    for own in ({"sites": "sites"}, {"kind": "consortium"}):
+        assert FederationConfig(device="auto", **own).ledgers
+        with pytest.raises(
+            ConfigError, match=r"^federation\.device=cpu: expected auto; sites .* in their site\.yaml$"
+        ):
+            FederationConfig(device="cpu", **own)
 
 
 def test_noise_stands_in_place_of_epsilon() -> None:

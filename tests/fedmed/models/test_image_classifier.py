@@ -164,7 +164,7 @@ def test_a_step_is_the_clipped_mean_gradient_of_one_patient_at_a_time(
     norms = [float(np.sqrt(sum((g**2).sum() for g in gradient.values()))) for gradient in gradients]
     plan = dataclasses.replace(make_plan(config, "a"), max_grad_norm=float(np.median(norms)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dpsgd, "noised", lambda cells, *, grid, **_: cells.double() * grid.cell)
+        patch.setattr(dpsgd, "noised", lambda cells, _, grid: cells.double() * grid.cell)
         got = train(model, stored, arrays, plan=plan, training=config.training, source=seeded(0)).delta
     largest = 0.0
     for name, values in got.items():
@@ -178,7 +178,7 @@ def test_a_step_is_the_clipped_mean_gradient_of_one_patient_at_a_time(
     # The deliberately broken variant: each image its own patient.
     apart = dataclasses.replace(stored, records_of=[np.array([row]) for row in range(int(ends[-1]))])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dpsgd, "noised", lambda cells, *, grid, **_: cells.double() * grid.cell)
+        patch.setattr(dpsgd, "noised", lambda cells, _, grid: cells.double() * grid.cell)
         wrong = train(model, apart, arrays, plan=plan, training=config.training, source=seeded(0)).delta
     assert max(np.abs(wrong[name] - got[name]).max() for name in got) > 1e-3
 
