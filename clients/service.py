@@ -31,6 +31,10 @@ ReadWritePaths={folder}
 PrivateTmp=yes
 ProtectProc=invisible
 ProtectClock=yes
+# After which no device may be used but what is named: GPUs, whose modules the machine has loaded.
+DeviceAllow=char-nvidia* rw
+DeviceAllow=char-kfd rw
+DeviceAllow=char-drm rw
 ProtectHostname=yes
 ProtectKernelLogs=yes
 ProtectKernelModules=yes
