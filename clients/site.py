@@ -106,6 +106,19 @@ def _epsilon(plan: PrivacyPlan) -> float:
     return plan.epsilon()
 
 
+@contextlib.contextmanager
+def _full_memory_named() -> Iterator[None]:
+    """Say in the site's log what to do where an accelerator's memory did not suffice."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        log.error(
+            "the accelerator's memory is full: end what else uses it (nvidia-smi), or set device: cpu for this site"
+        )
+        raise
+
+
+@_full_memory_named()
 def load(instruction: Instruction, own: Own) -> None:
     """Load the model, which reads no data."""
     _model(instruction, own)
@@ -122,36 +135,27 @@ def _pseudonyms(key: str, version: tuple[int, ...], site: str, split_key: bytes)
     return _read(parse("task", json.loads(key)["task"]), site, 0, split_key).pseudonyms
 
 
-def work(
-    instruction: Instruction,
-    site: str,
-    arrays: Arrays,
-    own: Own = Own(),
-) -> LocalUpdate:
+@_full_memory_named()
+def work(instruction: Instruction, site: str, arrays: Arrays, own: Own = Own()) -> LocalUpdate:
     """One round of training at this site."""
     one_thread()
     plan = own_plan(instruction, site)
     if instruction.round < 1:
         raise ConfigError(f"round={instruction.round}: expected >= 1; round 0 trains nothing")
-    with _memory_named():
-        training, _ = _parts(instruction, site, own)
-        return train(
-            _model(instruction, own),
-            training,
-            arrays,
-            plan=plan,
-            training=instruction.training,
-            source=_source(instruction, site),
-            proximal_mu=instruction.proximal_mu,
-        )
+    training, _ = _parts(instruction, site, own)
+    return train(
+        _model(instruction, own),
+        training,
+        arrays,
+        plan=plan,
+        training=instruction.training,
+        source=_source(instruction, site),
+        proximal_mu=instruction.proximal_mu,
+    )
 
 
-def score(
-    instruction: Instruction,
-    site: str,
-    arrays: Arrays,
-    own: Own = Own(),
-) -> ScoreCounts:
+@_full_memory_named()
+def score(instruction: Instruction, site: str, arrays: Arrays, own: Own = Own()) -> ScoreCounts:
     """Exact score counts on the held-out patients: not covered by epsilon.
 
     Raises:
@@ -161,16 +165,13 @@ def score(
     own_plan(instruction, site)
     if instruction.privacy.metrics != "exact":
         raise ConfigError(f"privacy.metrics={instruction.privacy.metrics}: expected exact for exact counts")
-    with _memory_named():
-        _, test = _parts(instruction, site, own)
-        return ScoreCounts.of(logits(_model(instruction, own), test, arrays), test.labels.numpy())
+    _, test = _parts(instruction, site, own)
+    return ScoreCounts.of(logits(_model(instruction, own), test, arrays), test.labels.numpy())
 
 
+@_full_memory_named()
 def private_score(
-    instruction: Instruction,
-    site: str,
-    arrays: Arrays,
-    own: Own = Own(),
+    instruction: Instruction, site: str, arrays: Arrays, own: Own = Own()
 ) -> tuple[HistogramPlan, NDArray[np.float64]]:
     """A noisy histogram of the held-out patients' scores, drawn once a run: asked again, the same one.
 
@@ -187,9 +188,8 @@ def private_score(
     asked = plan, _digest(instruction, arrays)
     key = instruction.run_id, site
     if key not in _drawn:
-        with _memory_named():
-            _, test = _parts(instruction, site, own)
-            found = patient_logits(_model(instruction, own), test, arrays).astype(np.float64)
+        _, test = _parts(instruction, site, own)
+        found = patient_logits(_model(instruction, own), test, arrays).astype(np.float64)
         probabilities = 1 / (1 + np.exp(-np.clip(found, -700, 700)))
         counts = plan.count(probabilities, test.labels.numpy(), test.records_of)
         _drawn[key] = asked, plan.release(counts, _source(instruction, site))
@@ -234,18 +234,6 @@ def _key(instruction: Instruction, site: str) -> tuple[str, tuple[int, ...]]:
 def _configuration(instruction: Instruction) -> str:
     parts = {name: to_dict(getattr(instruction, name)) for name in ("task", "model", "adapter")}
     return json.dumps(parts)
-
-
-@contextlib.contextmanager
-def _memory_named() -> Iterator[None]:
-    """Say in the site's log what to do where an accelerator's memory did not suffice."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        log.error(
-            "the accelerator's memory is full: end what else uses it (nvidia-smi), or set device: cpu for this site"
-        )
-        raise
 
 
 def _parts(instruction: Instruction, site: str, own: Own) -> tuple[LocalData, LocalData]:

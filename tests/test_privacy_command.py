@@ -83,6 +83,7 @@ def light_commands() -> Commands:
         ("--guesses=201", "--guesses=201: expected an even number, at most --canaries=1000"),
         ("--canaries=100", "--guesses=200: expected an even number, at most --canaries=100"),
         ("--rounds=0", "--rounds=0: expected 1 to 1000"),
+        ("--device=gpu", "--device=gpu: expected auto, cpu, cuda or cuda:N"),
         ("--sample-rate=1.5", "--sample-rate=1.5: expected 0 < rate <= 1"),
         ("file", "unexpected extra argument"),
     ],

@@ -1,6 +1,7 @@
 """`fedmed privacy audit`: what holds the code against its claims. Heavy imports wait until a command runs."""
 
 import json
+import re
 import sys
 import time
 from typing import TYPE_CHECKING, Annotated
@@ -63,9 +64,14 @@ def audit_command(
     sample_rate: Annotated[
         float, typer.Option(metavar="NUMBER", help="Probability with which a patient enters a step.")
     ] = 1.0,
+    device: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="auto (the first GPU, else the processor), cpu, cuda or cuda:N."),
+    ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check every option, audit each claim, print, end with 1 where a check failed."""
+    from fedmed.config import DEVICE
     from fedmed.errors import require
 
     claims = list(dict.fromkeys(epsilon or [1.0, 3.0]))
@@ -77,13 +83,16 @@ def audit_command(
     require(even, "--guesses", guesses, f"an even number, at most --canaries={canaries}")
     require(1 <= rounds <= 1000, "--rounds", rounds, "1 to 1000")
     require(0 < sample_rate <= 1, "--sample-rate", sample_rate, "0 < rate <= 1")
+    require(re.fullmatch(DEVICE, device) is not None, "--device", device, "auto, cpu, cuda or cuda:N")
 
+    from fedmed.devices import device_of, in_words
     from fedmed.privacy.audit import CAUTION, audit
     from fedmed.privacy.plan import PrivacyPlan
     from fedmed.privacy.randomness import operating_system
     from fedmed.training import one_thread
 
     one_thread()
+    where = device_of(device)
     plans = [
         PrivacyPlan(
             unit="patient", declared_size=canaries, sample_rate=sample_rate, records_per_patient=1,
@@ -96,7 +105,14 @@ def audit_command(
     for claim, plan in zip(claims, plans, strict=True):
         progress = _Progress(f"epsilon {claim:g}")
         audits.append(
-            audit(plan, source=operating_system(), canaries=canaries, guesses=guesses, progress=progress)
+            audit(
+                plan,
+                source=operating_system(),
+                canaries=canaries,
+                guesses=guesses,
+                device=where,
+                progress=progress,
+            )
         )
         progress.clear()
         if not as_json:
@@ -106,11 +122,14 @@ def audit_command(
     if as_json:
         values = {
             "result": "passed" if passed else "failed", "caution": CAUTION, "seconds": round(seconds, 1),
+            "device": in_words(where),
             "claims": [{"asked_epsilon": claim, **done.report()} for claim, done in zip(claims, audits, strict=True)],
         }  # fmt: skip
         typer.echo(json.dumps(values, indent=2, allow_nan=False))
     else:
-        typer.echo(f"{'No check failed' if passed else 'A CHECK FAILED'} ({seconds:.0f} s). {CAUTION}")
+        typer.echo(
+            f"{'No check failed' if passed else 'A CHECK FAILED'} ({seconds:.0f} s on {in_words(where)}). {CAUTION}"
+        )
     if not passed:
         raise typer.Exit(1)
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import dp_accounting
 import numpy as np
+import torch
 
+from fedmed.devices import CPU
 from fedmed.errors import PrivacyError, require
 from fedmed.privacy.checks import (
     FAILED,
@@ -74,6 +76,7 @@ def audit(
     guesses: int = 200,
     confidence: float = 0.95,
     train: Train = train,
+    device: torch.device = CPU,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Audit:
     """Hold a training function against the claim of a plan, on made-up patients alone.
@@ -85,6 +88,7 @@ def audit(
         plan: with noise; `declared_size` is the number of canaries, the size that is public.
         source: coins, sampling and noise come from it.
         guesses: fixed before anything is run; even.
+        device: where training runs.
 
     Raises:
         ConfigError: a number is out of range.
@@ -105,7 +109,7 @@ def audit(
         raise PrivacyError("plan.noise_multiplier=0: there is no claim to audit; set an epsilon")
     # From the event and not from the plan's fields: it is the event that epsilon is computed of.
     steps, variance = composed_noise(plan.event())
-    bench = Bench(train, plan, canaries, progress)
+    bench = Bench(train, plan, canaries, progress, device)
     included = source.uniform(canaries) < 0.5
     rounds, counted, reported = whole_run(bench, np.flatnonzero(included), source)
     checks = (

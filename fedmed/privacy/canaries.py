@@ -1,8 +1,9 @@
 """Made-up patients whose gradients are orthogonal, and random sources that an audit can couple and count."""
 
 import hashlib
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -54,16 +55,18 @@ def canary_data(
 
 @dataclass
 class Counted:
-    """A random source and the number of bytes that were read from it, counted where they leave it."""
+    """A random source and the number of bytes that were read from it, counted where they leave it, in any thread."""
 
     source: RandomSource
     total: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def counting(self) -> RandomSource:
         """The same bytes, counted."""
 
         def read(count: int) -> bytes:
-            self.total += count
+            with self._lock:
+                self.total += count
             return self.source.read(count)
 
         return RandomSource(read, private=self.source.private)

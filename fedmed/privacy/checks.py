@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy import stats
 
 from fedmed.config import TrainingConfig
+from fedmed.devices import CPU
 from fedmed.models.classifier import Arrays, Classifier
 from fedmed.optimizers import SGD
 from fedmed.privacy.bound import lower_bound, right_guesses
@@ -62,6 +64,10 @@ class Bench:
     plan: PrivacyPlan
     canaries: int
     progress: Callable[[str], None]
+    device: torch.device = CPU
+
+    def model(self) -> CanaryModel:
+        return CanaryModel(self.width).to(self.device)
 
     @property
     def width(self) -> int:
@@ -84,7 +90,7 @@ class Bench:
     ) -> tuple[NDArray[np.float64], int]:
         """The change (width,) of the weights in units of clip / divisor, from zero, and the steps that the
         function says it noised."""
-        model = CanaryModel(self.width)
+        model = self.model()
         rate = self.learning_rate
         training = TrainingConfig(
             learning_rate=rate, sample_rate=plan.sample_rate, steps_per_round=plan.steps_per_round,
@@ -124,10 +130,11 @@ def _bytes_read(bench: Bench, patients: int, source: RandomSource) -> tuple[int,
     """What sampling that many patients once, and what one noised step reads from a source."""
     sampling, step = Counted(source), Counted(source)
     bench.plan.sample_patients(patients, sampling.counting())
-    model = CanaryModel(bench.width)
+    model = bench.model()
     optimizer = SGD(model.parameters(), lr=bench.learning_rate)
-    private = PatientOptimizer(optimizer, plan=bench.plan, source=step.counting())
+    private = PatientOptimizer(optimizer, plan=bench.one_step(), source=step.counting())
     private_step(PatientGradients(model), private, [])
+    private.close()
     return sampling.total, step.total
 
 

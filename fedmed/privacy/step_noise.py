@@ -20,8 +20,8 @@ class StepNoise:
     """Whole cells, drawn on the host (privacy.md, rule 8): on a processor when they are asked for.
 
     For an accelerator, threads draw a step's noise while it computes the step's gradients, so that it need not wait.
-    Neither depends on the other, and each draw is given out once. A seeded source's bytes are sampling's too, and are
-    read in turn everywhere.
+    Neither depends on the other, and each draw is given out once. Two steps' may be held, in 4 pinned bytes a value. A
+    seeded source's bytes are sampling's too, and are read in turn everywhere.
     """
 
     def __init__(

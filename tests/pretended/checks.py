@@ -28,9 +28,11 @@ from fedmed.models.build import build
 from fedmed.models.classifier import Classifier
 from fedmed.models.image_text import ImageTextEncoder
 from fedmed.privacy import step_noise
+from fedmed.privacy.audit import Audit, audit
+from fedmed.privacy.checks import FAILED
 from fedmed.privacy.clipping import ClippedSum
 from fedmed.privacy.grid import Grid
-from fedmed.privacy.plan import make_plan
+from fedmed.privacy.plan import PrivacyPlan, make_plan
 from fedmed.privacy.randomness import RandomSource, operating_system, seeded
 from fedmed.privacy.step_noise import StepNoise
 from fedmed.task import ImageTaskConfig
@@ -203,6 +205,29 @@ def test_the_operating_systems_noise_is_drawn_meanwhile(
     assert not any(main for _, main in drawn)
     assert watch.waits == []
     assert not any(thread.name.startswith("noise") for thread in threading.enumerate())
+
+
+def audited() -> Audit:
+    plan = PrivacyPlan(
+        unit="patient", declared_size=100, sample_rate=1.0, records_per_patient=1, max_grad_norm=1.0,
+        noise_multiplier=0.0, steps_per_round=2, rounds=4, delta=1e-4,
+    ).calibrate(epsilon=3.0)  # fmt: skip
+    with pretended():
+        return audit(plan, source=operating_system(), canaries=100, guesses=50, device=PRETENDED)
+
+
+def test_an_audit_holds_what_runs_there_against_its_claim(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = audited()
+    assert found.passed, found.report()
+    take, first = StepNoise.take, {}
+
+    def again(noise: StepNoise) -> torch.Tensor:
+        return first.setdefault(noise._count, take(noise))
+
+    monkeypatch.setattr(StepNoise, "take", again)
+    assert audited().check("variance").result == FAILED
+    monkeypatch.setattr(StepNoise, "take", lambda noise: take(noise) // 10)
+    assert audited().check("variance").result == FAILED
 
 
 class Slow(Grid):
