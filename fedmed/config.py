@@ -12,9 +12,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fedmed.errors import ConfigError, nearest, require
-from fedmed.model import CnnModelConfig, ImageModelConfig, TabularModelConfig, TextModelConfig
+from fedmed.model import (
+    CnnModelConfig,
+    ImageModelConfig,
+    SoundModelConfig,
+    TabularModelConfig,
+    TextModelConfig,
+)
 from fedmed.schema import check_finite, from_dict
-from fedmed.task import ImageTaskConfig, TableTaskConfig
+from fedmed.task import ImageTaskConfig, SoundTaskConfig, TableTaskConfig
 
 # Names of `fedmed.devices.device_of`.
 DEVICE = r"^(auto|cpu|cuda(:[0-9]{1,2})?)$"
@@ -242,8 +248,8 @@ class TrainingConfig:
     learning_rate: float | None = None
     momentum: float = 0.0
     weight_decay: float = 0.0
-    # Records in memory at once; larger batches are split without changing the result. null: at most 256,
-    # whose activations were seen to take at most 1 GB together.
+    # Records in memory at once; larger batches are split without changing the result. null: at most 256, whose
+    # activations were seen to take at most 1 GB together; on a GPU 2048, and a quarter of its free memory.
     physical_batch_size: int | None = None
     # What layers compute in while training: fp32, or bf16 where PyTorch's autocast would (faster for transformers:
     # experiments/speed). Weights, gradients of patients, clipping, noise, the head and scores are fp32 or better.
@@ -378,12 +384,13 @@ SGD_RATES = {"head": 2.0, "lora": 0.2, "ffa_lora": 0.2, "full": 0.05}
 ADAM_RATES = {"head": 0.05, "lora": 1e-3, "ffa_lora": 1e-3, "full": 1e-4}
 
 OPTIONS: dict[str, dict[str, type]] = {
-    "task": {"table": TableTaskConfig, "image": ImageTaskConfig},
+    "task": {"table": TableTaskConfig, "image": ImageTaskConfig, "sound": SoundTaskConfig},
     "model": {
         "text": TextModelConfig,
         "image": ImageModelConfig,
         "tabular": TabularModelConfig,
         "cnn": CnnModelConfig,
+        "sound": SoundModelConfig,
     },
     "adapter": {kind: AdapterConfig for kind in ("head", "lora", "ffa_lora", "full")},
     "privacy": {"dp": PrivacyConfig, "off": PrivacyConfig},

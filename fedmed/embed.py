@@ -15,14 +15,16 @@ from fedmed.data.dataset import SiteDataset
 from fedmed.data.readers import read_site
 from fedmed.embeddings import FORMAT, Embeddings, described
 from fedmed.errors import ConfigError, DataError
-from fedmed.model import ImageModelConfig, ModelConfig, TextModelConfig
+from fedmed.model import ImageModelConfig, ModelConfig, SoundModelConfig, TextModelConfig
 from fedmed.pretrained import PretrainedConfig
-from fedmed.task import ImageTaskConfig, TaskConfig
+from fedmed.task import ImageTaskConfig, SoundTaskConfig, TaskConfig
 
 if TYPE_CHECKING:
     from fedmed.models.activations import ActivationCache
 
 Floats = NDArray[np.float32]
+# A pretrained encoder of what a kind of task holds.
+EXAMPLES = {"table": "minilm", "image": "phantom", "sound": "hear"}
 # Called with the passes through the encoder that are done, and those there are.
 Progress = Callable[[int, int], None]
 
@@ -43,8 +45,8 @@ def embed(
 
     Without prompts a row is what a classifier's head would read of the record: of text the encoder's plain pooled
     output (not centred, not whitened), of images its pooled output, averaged over slices, of norm
-    `model.feature_norm`. With prompts a row is the record's projection into the space of images and text, of
-    norm 1, as are the prompts'.
+    `model.feature_norm`; of sounds, on which nothing is trained, its pooled output, averaged over clips. With prompts a
+    row is the record's projection into the space of images and text, of norm 1, as are the prompts'.
 
     Args:
         seed, key: of the split, as in `fedmed.data.readers.read_site`.
@@ -61,7 +63,10 @@ def embed(
     check(task, model, prompts)
     data = read_site(task, site, seed=seed, key=key, maybe_empty=True)
     if not len(data.labels):
-        raise DataError(f"site '{site}' has no usable record to embed")
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in data.manifest.quarantined.items())
+        raise DataError(
+            f"site '{site}' has no usable record to embed ({reasons or 'no record at all'}); see the task's settings"
+        )
     rows, texts, how = _computed(task, model, data, prompts or [], cache, device, progress)
     about = {
         "format": FORMAT,
@@ -87,7 +92,7 @@ def check(task: TaskConfig, model: ModelConfig, prompts: list[str] | None = None
     if not model.pretrained:
         raise ConfigError(
             f"model={model.name}: starts from nothing and has no pretrained features; "
-            f"expected a pretrained encoder, e.g. model={'phantom' if task.kind == 'image' else 'minilm'}"
+            f"expected a pretrained encoder, e.g. model={EXAMPLES[task.kind]}"
         )
     if model.reads != task.kind:
         raise ConfigError(f"model={model.name}: reads {model.reads}s; the task's records are {task.kind}s")
@@ -111,6 +116,7 @@ def _computed(
     from fedmed.devices import device_of
     from fedmed.models.build import build
     from fedmed.models.image_text import ImageTextEncoder
+    from fedmed.models.sound import SoundEncoder
     from fedmed.training import one_thread
 
     one_thread()
@@ -124,6 +130,12 @@ def _computed(
         with _counted(both.model.vision_model, len(data.labels) * data.images.shape[1], progress):
             rows = both.images(data, cache=cache)
         return rows.numpy(), texts, _how(task, model, both.depends)
+    if isinstance(model, SoundModelConfig):
+        assert isinstance(task, SoundTaskConfig)
+        heard = SoundEncoder(task, model, device=device_of(device))
+        with _counted(heard.encoder, len(data.labels) * task.clips, progress):
+            rows = heard.sounds(data, cache=cache)
+        return rows.numpy(), none.reshape(0, rows.shape[1]), _how(task, model, heard.depends)
     if isinstance(model, TextModelConfig):
         model = dataclasses.replace(model, synthetic_sentences=0, components=0, feature_norm=1.0)
     network: Any = build(task, model, AdapterConfig(kind="head"), device=device_of(device))
@@ -140,6 +152,8 @@ def _how(task: TaskConfig, model: ModelConfig, depends: dict[str, Any]) -> dict[
     depends = dict(depends)
     if isinstance(model, TextModelConfig):
         depends |= {"max_tokens": model.max_tokens, "tokenizer": tokenizer_digest(model)}
+    elif isinstance(task, SoundTaskConfig):
+        depends |= {"clips": task.clips}
     else:
         depends |= {name: getattr(task, name) for name in ("image_size", "slices")}
         if depends.get("space"):

@@ -167,7 +167,8 @@ def check_output(folder: Path) -> None:
 def described(data: SiteDataset) -> dict[str, Any]:
     """What ties embeddings to their data. The digest of records and labels tells how the task reads them."""
     digest = hashlib.sha256(json.dumps(data.texts).encode())
-    for array in (data.images, data.labels, data.patients):
+    inputs = (data.sounds, data.images) if data.sounds.size else (data.images,)
+    for array in (*inputs, data.labels, data.patients):
         digest.update(f"{array.shape} {array.dtype}\n".encode() + np.ascontiguousarray(array).tobytes())
     manifest = data.manifest
     facts = {name: getattr(manifest, name) for name in ("content_sha256", "reader", "records", "patients")}

@@ -116,4 +116,17 @@ class CnnModelConfig:
         require(self.kind == "cnn", "model.kind", self.kind, "cnn")
 
 
-ModelConfig = TextModelConfig | ImageModelConfig | TabularModelConfig | CnnModelConfig
+@dataclass(frozen=True, kw_only=True)
+class SoundModelConfig(PretrainedConfig):
+    """A pretrained encoder of sounds (HeAR), for embedding alone."""
+
+    reads: ClassVar[str] = "sound"
+
+    kind: str = "sound"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.kind == "sound", "model.kind", self.kind, "sound")
+
+
+ModelConfig = TextModelConfig | ImageModelConfig | TabularModelConfig | CnnModelConfig | SoundModelConfig

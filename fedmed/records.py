@@ -129,6 +129,9 @@ def read_instruction(content: RecordDict) -> tuple[Instruction, Arrays]:
     require(0 <= values["proximal_mu"] < math.inf, "instruction.proximal_mu", values["proximal_mu"], ">= 0")
     for group in ("task", "model", "adapter", "privacy"):
         values[group] = parse(group, values[group])
+    require(
+        values["task"].trained, "task.kind", values["task"].kind, "table or image: no run trains on others"
+    )
     values["training"] = from_dict(TrainingConfig, values["training"], where="training")
     # A run fills it in; without it training would fail after data was opened.
     rate = values["training"].learning_rate

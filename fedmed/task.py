@@ -86,6 +86,8 @@ def _only_values(phrase: str) -> bool:
 class TableTaskConfig:
     """A binary outcome in a table, one row a record, federated by a column."""
 
+    # Whether runs train on such records.
+    trained: ClassVar[bool] = True
     # Whether the data itself says which records are one patient's; of a table a column may.
     knows_patients: ClassVar[bool] = False
     # What can propose its declaration, where something can.
@@ -156,6 +158,7 @@ class TableTaskConfig:
 class ImageTaskConfig:
     """A binary outcome in images that were ingested from DICOM: a folder a site, several images a patient."""
 
+    trained: ClassVar[bool] = True
     # DICOM has patient ids, and ingestion leaves out what has none.
     knows_patients: ClassVar[bool] = True
     patient_column: ClassVar[None] = None
@@ -214,10 +217,7 @@ class ImageTaskConfig:
             "patient, unless task.public_benchmark=true: an epsilon for one image is none for a patient with several",
         )
         require(self.declare == "declared", "task.declare", self.declare, "declared")
-        for site in self.declared_sizes:
-            # A site's name is the name of its folder.
-            plain = site not in ("", ".", "..") and "/" not in site and "\0" not in site
-            require(plain, "task.declared_sizes", site, "names of folders, without '/'")
+        _check_folders(self)
         for site, images in self.declared_images.items():
             require(1 <= images <= 10**9, f"task.declared_images.{site}", images, "1 to 1,000,000,000")
         _check_public(self)
@@ -242,7 +242,64 @@ class ImageTaskConfig:
         return self.declared_images.get(site, patients * (self.images_per_patient or 1))
 
 
-TaskConfig = TableTaskConfig | ImageTaskConfig
+@dataclass(frozen=True, kw_only=True)
+class SoundTaskConfig:
+    """A binary outcome in recordings: WAV files that an index.csv names, a folder a site. To be embedded alone."""
+
+    trained: ClassVar[bool] = False
+    knows_patients: ClassVar[bool] = True
+    patient_column: ClassVar[str] = "patient"
+    unit: ClassVar[str] = "patient"
+    declare: ClassVar[str] = "declared"
+    propose: ClassVar[str] = ""
+
+    kind: str = "sound"
+    title: str = ""
+    # A folder that holds one folder for each site, by the site's name; or, of a single site, that folder.
+    path: str | None = None
+    # Values of the index's label.
+    positive: list[str] = field(default_factory=lambda: ["1"])
+    negative: list[str] = field(default_factory=lambda: ["0"])
+    # Clips of two seconds, in the middle of as many equal parts of a recording.
+    clips: int = 1
+    # Public number of patients of each site.
+    declared_sizes: dict[str, int] = field(default_factory=dict)
+    test_fraction: float = 0.34
+    # As in `ImageTaskConfig`.
+    split: str = "hash"
+    public_benchmark: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.kind == "sound", "task.kind", self.kind, "sound")
+        require(
+            bool(self.path), "task.path", self.path, "the folder of recordings, e.g. task.path=recordings"
+        )
+        require(1 <= self.clips <= 64, "task.clips", self.clips, "1 to 64")
+        _check_folders(self)
+        _check_public(self)
+
+    @property
+    def sites_from(self) -> str:
+        """Where the sites of the data are named, in words."""
+        return f"folder '{self.path}'"
+
+    def declared_train(self, site: str) -> int:
+        """The declared size of a site's training part, in patients: a public constant, never a count."""
+        return _training_part(self.declared_sizes[site], self.test_fraction)
+
+    def declared_held_out(self, site: str) -> int:
+        """The declared size of a site's test part, in patients."""
+        return self.declared_sizes[site] - self.declared_train(site)
+
+
+TaskConfig = TableTaskConfig | ImageTaskConfig | SoundTaskConfig
+
+
+def _check_folders(task: TaskConfig) -> None:
+    """A site's name is the name of its folder."""
+    for site in task.declared_sizes:
+        plain = site not in ("", ".", "..") and "/" not in site and "\0" not in site
+        require(plain, "task.declared_sizes", site, "names of folders, without '/'")
 
 
 def _check_public(task: TaskConfig) -> None:

@@ -162,6 +162,10 @@ def _check(config: "RunConfig", *, records: bool = True) -> list[str]:
         from fedmed.privacy.plan import make_plan
         from fedmed.tracking import check
 
+    if not config.task.trained:
+        raise ConfigError(
+            "task=sound: sounds are not trained on; their embeddings: fedmed embed task=sound model=hear …"
+        )
     elsewhere = config.federation.kind == "consortium"
     # A run of a consortium goes on without MLflow, and its figures are sent later.
     check(config.tracking, reach=not elsewhere)

@@ -8,7 +8,10 @@ import pytest
 
 from fedmed.embeddings import Embeddings
 from tests.commands import heavy, light
+from tests.conftest import sha256
 from tests.fedmed.models.encoders import image_encoder, image_overrides
+from tests.fedmed.models.test_sound import hear
+from tests.recordings import recordings
 from tests.stores import hospital
 
 
@@ -106,3 +109,22 @@ def test_ctrl_c_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     assert ended.code == 130
     assert ended.err.splitlines()[-1] == "error: interrupted; nothing was kept"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sounds_are_embedded_and_not_run(tmp_path: Path) -> None:
+    recordings(tmp_path / "data" / "a")
+    hear(tmp_path / "hear")
+    given = [
+        "task=sound", f"task.path={tmp_path / 'data'}", "task.positive=[cough]", "task.negative=[breath]",
+        "task.declared_sizes={a: 6}", "model=hear", "model.hub=null", f"model.path={tmp_path / 'hear'}",
+        f"model.sha256={sha256(tmp_path / 'hear' / 'model.safetensors')}",
+    ]  # fmt: skip
+    ended = heavy()("embed", *given, "--site", "a", "--output", str(tmp_path / "out"), "--json")
+    assert ended.code == 0, ended.err
+    assert json.loads(ended.out)["shape"] == [12, 24]
+    for command in ("run", "plan"):
+        ended = light()(command, *given, "tracking=none")
+        assert (ended.code, ended.out, ended.torch) == (2, "", False)
+        assert ended.err == (
+            "error: task=sound: sounds are not trained on; their embeddings: fedmed embed task=sound model=hear …\n"
+        )

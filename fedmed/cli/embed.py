@@ -31,6 +31,7 @@ Examples:
   fedmed embed task=dicom task.path=sites/mercy/data model=phantom --site mercy --key sites/mercy/key --output mercy
   fedmed embed task=dicom task.path=data model=hf_image model.path=clip model.sha256=… --site a --texts prompts.txt \\
     --output a --json
+  fedmed embed task=sound task.path=recordings model=hear --site mercy --output mercy      (fedmed models pull hear)
 """
 
 

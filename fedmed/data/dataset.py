@@ -30,6 +30,7 @@ class SiteDataset:
         features: (records, features) float32, scaled by declared ranges.
         texts: one sentence a record, or empty where the task has none.
         images: (records, channels, size, size) float32 from 0 (black) to 1 (white), or empty.
+        sounds: (records, clips, samples) float32 from -1 to 1, or empty.
         labels: (records,) float32 of 0 and 1.
         patients: (records,) int64, the same number for all records of a patient.
         test: (records,) bool; all records of a patient fall on one side.
@@ -45,6 +46,7 @@ class SiteDataset:
     test: NDArray[np.bool_]
     manifest: Manifest
     images: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0, 0, 0), dtype=np.float32))
+    sounds: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0, 0), dtype=np.float32))
     pseudonyms: tuple[bytes, ...] = field(default=(), repr=False)
 
     def part(self, *, test: bool) -> NDArray[np.int64]:

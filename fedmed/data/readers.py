@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmed.data import images, table
+from fedmed.data import images, sounds, table
 from fedmed.data.dataset import Manifest, SiteDataset
 from fedmed.task import TaskConfig
 
@@ -30,7 +30,7 @@ class Reader(Protocol):
     def made_up(self, task: Any, records: int) -> dict[str, Any]: ...
 
 
-READERS: dict[str, Reader] = {"table": table, "image": images}
+READERS: dict[str, Reader] = {"table": table, "image": images, "sound": sounds}
 
 
 def read_site(

@@ -8,6 +8,7 @@ import torch
 
 from fedmed.config import parse
 from fedmed.devices import CPU
+from fedmed.errors import ModelError
 from fedmed.models.classifier import Classifier, TabularClassifier, TextClassifier
 from fedmed.models.cnn import CnnClassifier
 from fedmed.models.image_classifier import ImageClassifier
@@ -42,6 +43,8 @@ def build(task: object, model: object, adapter: object, *, device: torch.device 
 def _build(task_json: str, model_json: str, adapter_json: str, device: torch.device) -> Classifier:
     task = parse("task", json.loads(task_json))
     model = parse("model", json.loads(model_json))
+    if model.kind not in NETWORKS:
+        raise ModelError(f"model.kind={model.kind}: gives embeddings, and is not trained on")
     adapter = parse("adapter", json.loads(adapter_json))
     # What it computes of itself, public constants among it, is computed where every site can.
     built = NETWORKS[model.kind](task, model, adapter).to(device)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmed.errors import ModelError
-from fedmed.model import ImageModelConfig, TextModelConfig
+from fedmed.model import ImageModelConfig, SoundModelConfig, TextModelConfig
 from fedmed.models.pins import LOCAL, located
 from fedmed.models.preprocess import PROCESSOR, Preprocessor
 from fedmed.pretrained import PretrainedConfig
@@ -89,6 +89,10 @@ def locate(config: PretrainedConfig) -> Path:
         _preprocessor(config, folder)
     elif isinstance(config, TextModelConfig):
         _check_text(folder, kind)
+    elif isinstance(config, SoundModelConfig) and kind != "vit":
+        raise ModelError(
+            f"model.path={folder}: a '{kind}' model is no encoder of sounds that is known; expected HeAR, a 'vit'"
+        )
     return folder
 
 
@@ -239,7 +243,28 @@ def load_image_encoder(config: ImageModelConfig) -> tuple[Any, Preprocessor]:
     return _load(cls, folder), _preprocessor(config, folder)
 
 
-def _load(cls: Any, folder: Path) -> Any:
+def load_sound_encoder(config: SoundModelConfig, size: tuple[int, int]) -> Any:
+    """The encoder in eval mode, of pictures of this size with one channel.
+
+    Raises:
+        ModelError: see `locate` and `check_digest`; or transformers cannot read the folder, or its pictures are others.
+    """
+    folder = locate(config)
+    settings = json.loads((folder / "config.json").read_text())
+    found = settings.get("image_size"), settings.get("num_channels")
+    if found != ([*size], 1):
+        raise ModelError(
+            f"model.path={folder}: reads pictures of size {found[0]} with {found[1]} channels; expected {[*size]} and "
+            "1, as HeAR does"
+        )
+    check_digest(config, folder)
+    from transformers import ViTModel
+
+    # Its pooled output is the embedding.
+    return _load(ViTModel, folder, unused=("mask_token",))
+
+
+def _load(cls: Any, folder: Path, *, unused: tuple[str, ...] = UNUSED) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -262,7 +287,7 @@ def _load(cls: Any, folder: Path) -> Any:
     finally:
         logging.set_verbosity(before)
     # Transformers draws them at random, differently in each process.
-    missing = sorted(name for name in report["missing_keys"] if not any(part in name for part in UNUSED))
+    missing = sorted(name for name in report["missing_keys"] if not any(part in name for part in unused))
     if missing:
         raise ModelError(
             f"model.path={folder}: model.safetensors lacks {len(missing)} of the weights that its config.json names, "

@@ -23,14 +23,21 @@ from fedmed.config import (
     run_config_from_dict,
 )
 from fedmed.errors import ConfigError
-from fedmed.model import CnnModelConfig, ImageModelConfig, TabularModelConfig, TextModelConfig
+from fedmed.model import (
+    CnnModelConfig,
+    ImageModelConfig,
+    SoundModelConfig,
+    TabularModelConfig,
+    TextModelConfig,
+)
 from fedmed.pretrained import ModelAbout
 from fedmed.schema import to_dict
-from fedmed.task import ColumnConfig, ImageTaskConfig, TableTaskConfig
+from fedmed.task import ColumnConfig, ImageTaskConfig, SoundTaskConfig, TableTaskConfig
 
 FOLDER = Path(next(iter(configs.__path__)))
 CHOICES = sorted((path.parent.name, path.stem) for path in FOLDER.glob("*/*.yaml"))
 IMAGES = ["task=dicom", "task.path=ingested"]
+SOUNDS = ["task=sound", "task.path=recordings"]
 PIN = [f"model.revision={'c' * 40}", f"model.sha256={'a' * 64}"]
 # What an option needs beside itself.
 NEEDS = {
@@ -38,7 +45,6 @@ NEEDS = {
         ("model", name): [*IMAGES, *PIN]
         for name in (
             "derm_monet",
-            "hear",
             "medsiglip",
             "phikon",
             "phikon_v2",
@@ -50,6 +56,8 @@ NEEDS = {
     ("model", "clinicalbert"): PIN,
     ("task", "csv"): ["task.path=table.csv"],
     ("task", "dicom"): ["task.path=ingested", "model=cnn"],
+    ("task", "sound"): ["task.path=recordings", "model=hear", *PIN],
+    ("model", "hear"): [*SOUNDS, *PIN],
     ("model", "cnn"): IMAGES,
     ("model", "phantom"): IMAGES,
     ("model", "lite_phantom"): [*IMAGES, "adapter=head"],
@@ -108,6 +116,15 @@ OTHERS: dict[type, tuple[str, list[str], dict[str, tuple[str, Any]]]] = {
         "declared_images": ("{A: 60}", {"A": 60}), "unit": ("image", "image"), "declare": ("declared", "declared"),
         "test_fraction": ("0.5", 0.5), "split": ("shuffle", "shuffle"), "public_benchmark": ("true", True),
     }),
+    SoundTaskConfig: ("task.", ["task=sound", "model=hear", *PIN], {
+        "title": ("'a title'", "a title"), "path": ("other", "other"), "positive": ("[a,b]", ["a", "b"]),
+        "negative": ("[c]", ["c"]), "clips": ("3", 3), "declared_sizes": ("{A: 30}", {"A": 30}),
+        "test_fraction": ("0.5", 0.5), "split": ("shuffle", "shuffle"), "public_benchmark": ("true", True),
+    }),
+    SoundModelConfig: ("model.", ["model=hear", *SOUNDS], {
+        "path": ("null", None), "package": ("a:model", "a:model"), "hub": ("null", None), "revision": ("''", ""),
+        "sha256": ("b" * 64, "b" * 64), "lora_targets": ("q_proj", "q_proj"), "activations": ("bf16", "bf16"),
+    }),
     CnnModelConfig: ("model.", ["model=cnn", "task=dicom", "task.path=ingested"], {}),
     TextModelConfig: ("model.", ["model=hf"], {
         "path": ("null", None), "package": ("null", None), "hub": ("org/name", "org/name"),
@@ -143,7 +160,8 @@ OTHERS: dict[type, tuple[str, list[str], dict[str, tuple[str, Any]]]] = {
         "tau": ("0.5", 0.5), "proximal_mu": ("0.5", 0.5), "average_last": ("2", 2), "norm_bound": ("0.5", 0.5),
     }),
     FederationConfig: ("federation.", [], {
-        "workers": ("2", 2), "quorum": ("1", 1.0), "timeout": ("30", 30.0),
+        # Beside `sites` no other.
+        "workers": ("2", 2), "device": ("auto", "auto"), "quorum": ("1", 1.0), "timeout": ("30", 30.0),
         "sites": ("folder", "folder"), "coordinator": ("folder", "folder"), "approval_timeout": ("30", 30.0),
     }),
     TrackingConfig: ("tracking.", [], {"uri": ("sqlite:///a.db", "sqlite:///a.db"), "experiment": ("a", "a")}),

@@ -27,11 +27,17 @@ from fedmed.config import (
     run_config_from_dict,
 )
 from fedmed.errors import ConfigError
-from fedmed.model import CnnModelConfig, ImageModelConfig, TabularModelConfig, TextModelConfig
+from fedmed.model import (
+    CnnModelConfig,
+    ImageModelConfig,
+    SoundModelConfig,
+    TabularModelConfig,
+    TextModelConfig,
+)
 from fedmed.pretrained import ModelAbout, PretrainedConfig
 from fedmed.records import Instruction, instruction_record, to_bytes
 from fedmed.schema import from_dict, to_dict, type_in_words
-from fedmed.task import ColumnConfig, ImageTaskConfig, TableTaskConfig
+from fedmed.task import ColumnConfig, ImageTaskConfig, SoundTaskConfig, TableTaskConfig
 from tests.timing import best
 
 NUMERIC = {"low": 0.0, "high": 1.0}
@@ -40,11 +46,13 @@ LEAST: dict[type, tuple[str, dict[str, Any]]] = {
     ColumnConfig: ("task.columns.age", NUMERIC),
     TableTaskConfig: ("task", {"path": "a.csv"}),
     ImageTaskConfig: ("task", {"kind": "image", "path": "ingested", "public_benchmark": True}),
+    SoundTaskConfig: ("task", {"kind": "sound", "path": "recordings", "public_benchmark": True}),
     CnnModelConfig: ("model", {}),
     PretrainedConfig: ("model", {"path": "folder", "sha256": "0" * 64}),
     TextModelConfig: ("model", {"path": "folder", "sha256": "0" * 64}),
     ImageModelConfig: ("model", {"path": "folder", "sha256": "0" * 64}),
     ModelAbout: ("model.about", {}),
+    SoundModelConfig: ("model", {"path": "folder", "sha256": "0" * 64}),
     TabularModelConfig: ("model", {"kind": "tabular"}),
     AdapterConfig: ("adapter", {}),
     PrivacyConfig: ("privacy", {}),
@@ -168,6 +176,13 @@ RANGES: list[tuple[type, str, list[Any], list[Any]]] = [
     (ImageTaskConfig, "declare", ["declared"], ["from_data"]),
     (ImageTaskConfig, "test_fraction", [0.01, 0.99], [0.0, 1.0]),
     (ImageTaskConfig, "split", ["shuffle"], ["random"]),
+    (SoundTaskConfig, "kind", [], ["table", ""]),
+    (SoundTaskConfig, "path", [], ["", None]),
+    (SoundTaskConfig, "positive", [["2", "3"]], [[], ["0"], ["1", "0"]]),
+    (SoundTaskConfig, "clips", [1, 64], [0, 65]),
+    (SoundTaskConfig, "declared_sizes", [{}, {"a": 1}], [{"a": 0}, {"../b": 3}, {"": 3}]),
+    (SoundTaskConfig, "test_fraction", [0.01, 0.99], [0.0, 1.0]),
+    (SoundTaskConfig, "split", ["shuffle"], ["random"]),
     (CnnModelConfig, "kind", [], ["tabular"]),
     (TextModelConfig, "kind", [], ["tabular"]),
     (PretrainedConfig, "path", [], ["", None]),
@@ -181,6 +196,7 @@ RANGES: list[tuple[type, str, list[Any], list[Any]]] = [
     (PretrainedConfig, "revision", [], ["a" * 40]),
     (PretrainedConfig, "lora_targets", ["q_proj|v_proj", r"self_attn\.(q|v)_proj"], ["(", "(a+)+", "a*", "x" * 201]),
     (PretrainedConfig, "activations", ["fp32", "fp16", "bf16"], ["", "fp8", "FP16"]),
+    (SoundModelConfig, "kind", [], ["image"]),
     (ImageModelConfig, "kind", [], ["text"]),
     (ImageModelConfig, "image_size", [0, 16, 2048], [15, 2049, -1]),
     (ImageModelConfig, "pooling", ["cls", "mean", "pooler"], ["max", ""]),

@@ -164,6 +164,21 @@ def test_an_instruction_that_no_coordinator_of_this_version_sends_is_refused(nam
         read_instruction(rewritten(change))
 
 
+def test_a_site_is_not_asked_for_what_is_not_trained() -> None:
+    """Sounds are embedded where they are, by whoever sits there."""
+    run = [
+        "task=sound",
+        "task.path=recordings",
+        "task.declared_sizes={a: 100}",
+        "model=hear",
+        "tracking=none",
+    ]
+    config = compose([*run, f"model.revision={'c' * 40}", f"model.sha256={'a' * 64}"])
+    asked = Instruction.of(config, {"a": make_plan(config, "a")}, run_id="x", round=0)
+    with pytest.raises(ConfigError, match=r"^task\.kind=sound: expected table or image: "):
+        read_instruction(instruction_record(asked, arrays()))
+
+
 def test_a_message_without_its_record_is_refused() -> None:
     for read in (read_instruction, read_quote, read_update, read_scores, read_private_scores):
         with pytest.raises(RunError, match="is fedmed the same version at both ends"):

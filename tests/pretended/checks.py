@@ -21,12 +21,14 @@ from fedmed.compose import compose
 from fedmed.config import RunConfig
 from fedmed.data import images, table
 from fedmed.data.dataset import SiteDataset
+from fedmed.data.readers import read_site
 from fedmed.devices import CPU
 from fedmed.model import ImageModelConfig
 from fedmed.models.activations import ActivationCache
 from fedmed.models.build import build
 from fedmed.models.classifier import Classifier
 from fedmed.models.image_text import ImageTextEncoder
+from fedmed.models.sound import SoundEncoder
 from fedmed.privacy import step_noise
 from fedmed.privacy.audit import Audit, audit
 from fedmed.privacy.checks import FAILED
@@ -40,7 +42,10 @@ from fedmed.training import LocalData, LocalUpdate, local_parts, logits, patient
 from tests.conftest import sha256
 from tests.evidence import some
 from tests.fedmed.models.encoders import FAMILIES, image_encoder, image_overrides, modernbert, moved
+from tests.fedmed.models.test_sound import hear
+from tests.fedmed.models.test_sound import run as sound_run
 from tests.pretended.device import PRETENDED, Watch, pretended
+from tests.recordings import recordings
 from tests.stores import hospital, settings
 
 PRIVATE = ["tracking=none", "privacy.epsilon=null", "privacy.noise_multiplier=1"]
@@ -323,6 +328,15 @@ def test_images_and_prompts_are_embedded_as_on_the_processor(
             [one.texts(["a lung", "a"]) for one in encoders],
         ):
             assert_same(*({"embeddings": rows.numpy()} for rows in made))
+
+
+def test_sounds_are_embedded_as_on_the_processor(tmp_path: Path) -> None:
+    recordings(tmp_path / "data" / "a", patients=2)
+    run = sound_run(hear(tmp_path / "hear"), tmp_path / "data")
+    data = read_site(run.task, "a", seed=0, maybe_empty=True)
+    with pretended():
+        here, away = (SoundEncoder(run.task, run.model, device=one).sounds(data) for one in (CPU, PRETENDED))
+        assert_same({"rows": here.numpy()}, {"rows": away.numpy()})
 
 
 def test_what_was_computed_elsewhere_is_another_entry(

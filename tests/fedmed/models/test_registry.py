@@ -178,10 +178,8 @@ def test_clinicalbert_loads_and_lora_goes_where_its_entry_says(bert_folder: Path
     assert sorted(adapted(config)) == ["query"] * 2 + ["value"] * 2
 
 
-def test_hear_is_not_trained_on_images(tmp_path: Path) -> None:
-    """A ViT's pooler is refused, and its repository has no file that says how images would be prepared."""
-    folder = image_encoder(tmp_path / "hear", "vit")
-    installed(folder, "google/hear-pytorch")
-    config = compose(["model=hear", *IMAGES])
-    with pytest.raises(ModelError, match=r"^model\.pooling=pooler: a 'vit' encoder has cls or mean$"):
-        build(config.task, config.model, config.adapter)
+def test_hear_is_not_trained_on_images() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^model\.kind=sound: expected a model that reads a task of kind 'image'"
+    ):
+        compose(["model=hear", *IMAGES, f"model.revision={'c' * 40}", f"model.sha256={'a' * 64}"])
