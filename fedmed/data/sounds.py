@@ -81,27 +81,6 @@ def read_site(
     Raises:
         DataError: there is no index, or no recording that can be used to train or to test on.
     """
-    return _read(task, site, seed=seed, key=key, maybe_empty=maybe_empty)
-
-
-def check_site(task: SoundTaskConfig, site: str, *, seed: int) -> Manifest:
-    """What `read_site` would say of the data and refuse.
-
-    Raises:
-        DataError: as `read_site`.
-    """
-    return _read(task, site, seed=seed, key=None, maybe_empty=False).manifest
-
-
-def made_up(task: SoundTaskConfig, records: int) -> dict[str, NDArray[np.float32]]:
-    """Recordings of no patient."""
-    shape = (records, task.clips, SAMPLES)
-    return {"sounds": np.random.default_rng(0).uniform(-1, 1, size=shape).astype(np.float32)}
-
-
-def _read(
-    task: SoundTaskConfig, site: str, *, seed: int, key: bytes | None, maybe_empty: bool
-) -> SiteDataset:
     folder = locate(task, site)
     table, reasons, content = _index(folder), Counter[str](), hashlib.sha256()
     content.update((folder / INDEX).read_bytes())
@@ -125,7 +104,8 @@ def _read(
         raise DataError(f"site '{site}' has no usable recording ({listed}); check {INDEX} and its files")
     ids = table["patient"].iloc[kept].tolist()
     names = list(dict.fromkeys(ids))
-    patients = np.array([names.index(name) for name in ids], dtype=np.int64)
+    codes = {name: code for code, name in enumerate(names)}
+    patients = np.array([codes[name] for name in ids], dtype=np.int64)
     test = held_out(task, site, names, seed=seed, key=key)[patients]
     labels = table["label"].iloc[kept].isin(task.positive).to_numpy(dtype=bool).astype(np.float32)
     units = f"{len(names)} usable patients"
@@ -148,6 +128,21 @@ def _read(
             warnings=check_parts(site, labels, test, units=units, maybe_empty=maybe_empty),
         ),
     )
+
+
+def check_site(task: SoundTaskConfig, site: str, *, seed: int) -> Manifest:
+    """What `read_site` would say of the data and refuse.
+
+    Raises:
+        DataError: as `read_site`.
+    """
+    return read_site(task, site, seed=seed).manifest
+
+
+def made_up(task: SoundTaskConfig, records: int) -> dict[str, NDArray[np.float32]]:
+    """Recordings of no patient."""
+    shape = (records, task.clips, SAMPLES)
+    return {"sounds": np.random.default_rng(0).uniform(-1, 1, size=shape).astype(np.float32)}
 
 
 def _index(folder: Path) -> pd.DataFrame:
