@@ -31,7 +31,18 @@ def accelerators(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
 def test_an_accelerator_is_used_by_the_same_rules_as_the_processor() -> None:
     """In a process of its own: PyTorch is told of another device (`tests/pretended`)."""
-    line = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", "--tb=short"]
+    line = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-o",
+        "addopts=",
+        "-p",
+        "no:xdist",
+        "-p",
+        "no:cacheprovider",
+        "--tb=short",
+    ]
     ended = subprocess.run([*line, "tests/pretended/checks.py"], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout[-6000:] + ended.stderr[-2000:]
     passed = re.search(r"(\d+) passed", ended.stdout)
