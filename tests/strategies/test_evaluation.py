@@ -126,8 +126,8 @@ def test_a_site_that_drew_by_another_plan_is_left_out(
     """What is merged has the noise that its intervals and its charge are reckoned with."""
     draw = clients.site.private_score
 
-    def other(instruction: Any, site: str, arrays: Any, **own: Any) -> tuple[HistogramPlan, np.ndarray]:
-        plan, counts = draw(instruction, site, arrays, **own)
+    def other(instruction: Any, site: str, arrays: Any, own: Any) -> tuple[HistogramPlan, np.ndarray]:
+        plan, counts = draw(instruction, site, arrays, own)
         changed = {**vars(plan), "noise_multiplier": 0.1} if site == "Hungary" else vars(plan)
         return HistogramPlan(**changed), counts
 
