@@ -42,15 +42,15 @@ def dry_round(folder: Path) -> dict[str, Any]:
     """Train a round, forget it; what it took.
 
     Raises:
-        FedmedError: the data or the model cannot be used; the message says what to do.
+        FedmedError: the data, the model or the device cannot be used; the message says what to do.
     """
     from clients import site as local_site
 
     own = SiteFolder.open(folder)
+    device = device_of(own.policy.device)
     task, site, said = task_of(own.policy)
     model = model_of(own.policy, task)
     instruction = _instruction(task, site, model, own.policy)
-    device = device_of(own.policy.device)
     arrays = build(task, model, instruction.adapter).initialise(instruction.seed)
     began = time.monotonic()
     here = local_site.Own(split_key=own.split_key, device=own.policy.device)
