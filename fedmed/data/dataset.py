@@ -1,6 +1,8 @@
 """What every reader yields: the records of one site, ready to train on."""
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +54,21 @@ class SiteDataset:
     def part(self, *, test: bool) -> NDArray[np.int64]:
         """The indices of the test or the training records."""
         return np.flatnonzero(self.test if test else ~self.test)
+
+
+def site_folders(path: str | None, marker: str, expected: str) -> list[Path]:
+    """The folders below `path` in which there is a file of that name, one a site, by name.
+
+    Raises:
+        DataError: no such folder.
+    """
+    folder = Path(path or "").expanduser()
+    try:
+        return sorted(
+            folder / one.name for one in os.scandir(folder) if os.path.isfile(Path(one.path, marker))
+        )
+    except OSError as error:
+        raise DataError(f"task.path={path}: {error.strerror}; expected {expected}") from None
 
 
 def check_parts(

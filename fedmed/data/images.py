@@ -4,7 +4,6 @@ Patients are the pseudonyms that ingestion made with the site's own key. A recor
 out and counted with a reason; no message holds a label or any other cell.
 """
 
-import os
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmed.data.dataset import Manifest, SiteDataset, check_parts
+from fedmed.data.dataset import Manifest, SiteDataset, check_parts, site_folders
 from fedmed.data.split import held_out
 from fedmed.data.table import blank_cells
 from fedmed.dicom.store import MANIFEST, ImageStore, read_manifest
@@ -55,14 +54,8 @@ def sites_in(task: ImageTaskConfig) -> Counter[str]:
     Raises:
         DataError: no such folder.
     """
-    folder = Path(task.path or "").expanduser()
-    try:
-        found = sorted(path.name for path in os.scandir(folder) if os.path.isfile(Path(path.path, MANIFEST)))
-    except OSError as error:
-        raise DataError(
-            f"task.path={task.path}: {error.strerror}; expected the folder of ingested data"
-        ) from None
-    return Counter({name: int(read_manifest(folder / name)["records"]) for name in found})
+    folders = site_folders(task.path, MANIFEST, "the folder of ingested data")
+    return Counter({folder.name: int(read_manifest(folder)["records"]) for folder in folders})
 
 
 def read_site(

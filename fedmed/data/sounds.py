@@ -6,7 +6,6 @@ cannot be used is left out and counted with a reason; no message holds a name of
 
 import hashlib
 import math
-import os
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fedmed.data.dataset import Manifest, SiteDataset, check_parts
+from fedmed.data.dataset import Manifest, SiteDataset, check_parts, site_folders
 from fedmed.data.split import held_out, pseudonym
 from fedmed.data.table import blank_cells, read_csv
 from fedmed.errors import DataError
@@ -63,14 +62,8 @@ def sites_in(task: SoundTaskConfig) -> Counter[str]:
     Raises:
         DataError: no such folder.
     """
-    folder = Path(task.path or "").expanduser()
-    try:
-        found = sorted(path.name for path in os.scandir(folder) if os.path.isfile(Path(path.path, INDEX)))
-    except OSError as error:
-        raise DataError(
-            f"task.path={task.path}: {error.strerror}; expected a folder of recordings with {INDEX}"
-        ) from None
-    return Counter({name: len(_index(folder / name)) for name in found})
+    folders = site_folders(task.path, INDEX, f"a folder of recordings with {INDEX}")
+    return Counter({folder.name: len(_index(folder)) for folder in folders})
 
 
 def read_site(
