@@ -9,7 +9,6 @@ DIR` prints one JSON object.
 import contextlib
 import json
 import os
-import resource
 import sys
 import time
 from dataclasses import replace
@@ -31,6 +30,7 @@ from fedmed.model import CnnModelConfig, ImageModelConfig, ModelConfig, TabularM
 from fedmed.models.build import build
 from fedmed.privacy.plan import PrivacyPlan, declared_delta
 from fedmed.records import Instruction
+from fedmed.resources import peak_resident
 from fedmed.task import ImageTaskConfig, TableTaskConfig, TaskConfig
 
 # Patients in a step, about: enough to time one.
@@ -57,7 +57,7 @@ def dry_round(folder: Path) -> dict[str, Any]:
     local_site.work(instruction, site, arrays, here)
     return {
         "model": model.name, "data": said, "seconds": time.monotonic() - began,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, **_used(device),
+        "peak_mb": peak_resident() / 2**20, **_used(device),
     }  # fmt: skip
 
 

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import csv
 import itertools
-import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from networks import Setting
 from step import Sides
 
 from fedmed.devices import device_of
+from fedmed.resources import peak_resident
 
 COLUMNS = ("adapter", "precision", "side", "batch", "images_per_second", "peak_mb")
 
@@ -66,7 +66,7 @@ def peak(device: torch.device) -> float:
     """Megabytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_resident() / 2**20
 
 
 def main() -> None:

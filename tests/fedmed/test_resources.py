@@ -1,6 +1,8 @@
 """The memory that a run needed at its worst, over all of its processes."""
 
 import multiprocessing
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -10,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from fedmed.resources import PeakMemory
+from fedmed.resources import PeakMemory, peak_resident
 
 MEGABYTES = 64
 
@@ -118,3 +120,12 @@ def test_a_process_that_ends_while_it_is_read_is_left_out(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(psutil.Process, "memory_full_info", gone)
     assert in_a_child(None) < 0.9 * MEGABYTES
+
+
+def test_a_process_s_peak_is_not_that_of_the_one_that_started_it() -> None:
+    """What `getrusage` says of a program begins with the memory of the process that was forked to start it."""
+    filled = bytearray(300 * 2**20)
+    filled[:: 2**12] = b"x" * len(filled[:: 2**12])
+    assert peak_resident() >= len(filled)
+    line = [sys.executable, "-c", "from fedmed.resources import peak_resident; print(peak_resident())"]
+    assert int(subprocess.run(line, capture_output=True, text=True, check=True).stdout) < 200 * 2**20

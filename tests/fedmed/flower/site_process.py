@@ -4,7 +4,6 @@ Arguments: address, CA's file, key's file, node's file, requests. Stays until it
 memory in bytes, before and after.
 """
 
-import resource
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -15,10 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from fedmed.flower.site_link import SiteLink
-
-
-def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+from fedmed.resources import peak_resident
 
 
 def main() -> None:
@@ -27,7 +23,7 @@ def main() -> None:
     assert isinstance(key, ec.EllipticCurvePrivateKey)
     link = SiteLink(address, key=key, ca=Path(ca).read_bytes(), node_file=Path(node))
     link.connect()
-    before = peak()
+    before = peak_resident()
     print("connected", flush=True)
     for _ in range(int(requests)):
         request = None
@@ -45,7 +41,7 @@ def main() -> None:
     # Flower takes no reply of a site that has left.
     sys.stdin.read()
     link.close()
-    print(before, peak(), flush=True)
+    print(before, peak_resident(), flush=True)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,8 @@ def test_a_large_update_passes_and_a_site_needs_three_times_its_size(tmp_path: P
             figure(
                 f"site's peak for {payload / 1e6:.0f} MB, in payloads", f"{(after - before) / payload:.2f}"
             )
-            assert after - before <= 3 * payload
+            # It holds what it has taken in once at least.
+            assert payload <= after - before <= 3 * payload
     finally:
         for site in sites:
             site.kill()
