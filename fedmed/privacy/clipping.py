@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmed.errors import PrivacyError
 from fedmed.privacy.block_gradients import BlockGradients
 from fedmed.privacy.gaussian import draw_cells
 from fedmed.privacy.grid import Grid
@@ -186,5 +187,11 @@ def noised(cells: Tensor, noise: Tensor, *, grid: Grid) -> Tensor:
     """A sum of clipped gradients with its noise, both whole cells, as float64 in the gradient's unit.
 
     What happens after the integer addition is post-processing.
+
+    Raises:
+        PrivacyError: there is not one value of noise for each cell.
     """
+    if cells.shape != noise.shape:
+        # PyTorch would give one value to several.
+        raise PrivacyError(f"noise of shape {tuple(noise.shape)} for {tuple(cells.shape)} cells")
     return (cells + noise).double().mul_(grid.cell)

@@ -255,6 +255,11 @@ def test_an_empty_batch_sums_to_zero_and_is_noised_all_the_same() -> None:
     assert result.std().item() == pytest.approx(1.0, rel=0.03)
 
 
+def test_no_value_of_noise_is_given_to_two_cells() -> None:
+    with pytest.raises(PrivacyError, match=r"noise of shape \(1,\) for \(5,\) cells"):
+        noised(torch.zeros(5, dtype=torch.int64), torch.ones(1, dtype=torch.int64), grid=grid())
+
+
 def test_what_cannot_fit_is_refused() -> None:
     own = grid(noise_multiplier=1e-6)
     assert own.most_patients * own.bound + 2**25 < 2**63
